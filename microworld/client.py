@@ -158,7 +158,8 @@ def finished(message: dict, prompt_id: str, prompt: dict, progress: Callable[[st
 
 def title(prompt: dict, node_id: str | None) -> str:
     """Return what the editor calls a node."""
-    return prompt[node_id]["_meta"]["title"] if node_id in prompt else str(node_id)
+    node = prompt.get(node_id) or {"class_type": str(node_id)}
+    return node.get("_meta", {}).get("title", node["class_type"])
 
 
 def rejection(answer: dict) -> str:

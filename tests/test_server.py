@@ -1,0 +1,113 @@
+"""The pack in a real server over HTTP, as the editor drives it."""
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from concepts_pack.microworld.client import Client, ComfyError, to_prompt
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+TRAIN = "ConceptsTrainTextualInversion"
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    """A client of a real server that runs until the last test of this file."""
+    spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
+    dev = sys.modules["dev"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(dev)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    host = dev.Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable))
+    with dev.serve(host, tmp_path_factory.mktemp("server")) as url:
+        yield Client(url)
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def info(client):
+    """Every node's schema as the server tells it."""
+    return client.object_info()
+
+
+def example(info, name="textual_inversion", steps=2):
+    """Return an example workflow as a prompt that trains for a moment only."""
+    path = ROOT / "example_workflows" / f"{name}.json"
+    prompt = to_prompt(json.loads(path.read_text(encoding="utf-8")), info)
+    for node in prompt.values():
+        if node["class_type"].startswith("ConceptsTrain"):
+            node["inputs"]["steps"] = steps
+    return prompt
+
+
+def the(prompt, kind):
+    """Return the inputs of the node of this type."""
+    return next(node["inputs"] for node in prompt.values() if node["class_type"] == kind)
+
+
+def still_works(client):
+    """Tell whether the server runs a small prompt to its end."""
+    image = {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}}
+    preview = {"class_type": "PreviewImage", "inputs": {"images": ["image", 0]}}
+    return len(client.images(client.run({"image": image, "preview": preview})["preview"])) == 1
+
+
+def test_nodes_are_offered(info):
+    ours = {name: node for name, node in info.items() if node["python_module"] == "custom_nodes.ComfyUI-Concepts"}
+    assert TRAIN in ours and all(name.startswith("Concepts") for name in ours)
+    for node in ours.values():
+        assert node["description"] and node["category"].startswith("concepts")
+
+
+def test_every_example_is_tested():
+    assert WORKFLOWS
+
+
+@pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
+def test_example_runs(client, info, name):
+    heard = []
+    prompt = example(info, name)
+    outputs = client.run(prompt, lambda title, value, maximum: heard.append((value, maximum)))
+    pictures = [client.images(outputs[key]) for key, node in prompt.items() if node["class_type"] == "SaveImage"]
+    assert pictures and all(data.startswith(b"\x89PNG") for images in pictures for data in images)
+    assert heard
+
+
+def test_training_is_reused_for_another_text(client, info):
+    prompt = example(info)
+    client.run(prompt)
+    titles = set()
+    the(prompt, "KSampler")["seed"] += 1
+    client.run(prompt, lambda title, *_: titles.add(title))
+    trainer = next(node["_meta"]["title"] for node in prompt.values() if node["class_type"] == TRAIN)
+    assert titles and trainer not in titles
+
+
+def test_bad_input_is_refused_in_one_sentence(client, info):
+    prompt = example(info)
+    the(prompt, TRAIN)["init_text"] = ""
+    with pytest.raises(ComfyError) as error:
+        client.run(prompt)
+    assert TRAIN in str(error.value) and "\n" not in str(error.value)
+    assert still_works(client)
+
+
+def test_number_out_of_range_is_refused(client, info):
+    prompt = example(info, steps=0)
+    with pytest.raises(ComfyError, match=f"{TRAIN}: .*steps"):
+        client.run(prompt)
+
+
+def test_cancel_leaves_the_server_usable(client, info):
+    prompt = example(info, steps=1000)
+    started = threading.Event()
+    threading.Thread(target=lambda: (started.wait(), client.interrupt()), daemon=True).start()
+    title = next(node["_meta"]["title"] for node in prompt.values() if node["class_type"] == TRAIN)
+    with pytest.raises(ComfyError, match="Cancelled"):
+        client.run(prompt, lambda node, *_: node == title and started.set())
+    assert still_works(client)
