@@ -1,0 +1,13 @@
+"""ComfyUI-Concepts: teach a checkpoint your own subjects and compose them on the graph."""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    """What ComfyUI calls to learn of the nodes."""
+    from .nodes import ConceptsExtension
+
+    return ConceptsExtension()
+
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -1,0 +1,97 @@
+"""Gives a CLIP words of its own: a placeholder in a prompt stands for vectors held in memory, not for a file on disk."""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+from comfy.sd import CLIP
+from comfy.sd1_clip import SDTokenizer
+from torch import Tensor, equal
+
+
+class Word(Protocol):
+    """What the overlay needs to know of a learned word: `vectors` maps an encoder's name (`clip_l`) to a tensor (n d)."""
+
+    placeholder: str
+    class_word: str
+    vectors: Mapping[str, Tensor]
+
+
+class _WordTokenizer:
+    """Mixed into a copy of one encoder's tokenizer; `words` maps placeholders in lower case to words."""
+
+    words: dict[str, Word]
+
+    def tokenize_with_weights(self, text: str, *args, **kwargs):
+        return super().tokenize_with_weights(self._spell_out(text), *args, **kwargs)
+
+    def _spell_out(self, text: str) -> str:
+        """Turns `<mine>` into ` embedding:…`, or into its class word for an encoder that learned nothing of it."""
+
+        def spell(match: re.Match) -> str:
+            word = self.words[match[0].lower()]
+            known = self.embedding_key in word.vectors
+            return f" {self.embedding_identifier}{_key(word.placeholder)} " if known else word.class_word
+
+        return _pattern(self.words).sub(spell, text)
+
+    def _try_get_embedding(self, embedding_name: str):
+        name, _, leftover = embedding_name.partition(" ")
+        for word in self.words.values():
+            if name == _key(word.placeholder):
+                return word.vectors[self.embedding_key], name, leftover.strip()
+        return super()._try_get_embedding(embedding_name)
+
+
+def with_words(clip: CLIP, words: Iterable[Word]) -> CLIP:
+    """Returns a clone of `clip` that understands `words`, besides those an earlier overlay gave it.
+
+    Vectors enter the token lists as they are, so a leaf tensor among them receives gradients.
+    Raises ValueError when a placeholder already stands for other vectors.
+    """
+    words = list(words)
+    overlaid = clip.clone()
+    overlaid.tokenizer = copy.copy(clip.tokenizer)
+    tokenizers = {name: inner for name, inner in vars(clip.tokenizer).items() if isinstance(inner, SDTokenizer)}
+    if not tokenizers:
+        raise ValueError(f"Learned words cannot be given to a text encoder of the kind {type(clip.tokenizer).__name__}.")
+    for name, inner in tokenizers.items():
+        setattr(overlaid.tokenizer, name, _overlay(inner, words))
+    return overlaid
+
+
+def _overlay(tokenizer: SDTokenizer, words: list[Word]) -> SDTokenizer:
+    known = dict(getattr(tokenizer, "words", {}))
+    for word in words:
+        _refuse_clash(known.get(word.placeholder.lower()), word)
+        known[word.placeholder.lower()] = word
+    overlaid = copy.copy(tokenizer)
+    if not isinstance(tokenizer, _WordTokenizer):
+        overlaid.__class__ = type(f"Word{type(tokenizer).__name__}", (_WordTokenizer, type(tokenizer)), {})
+    overlaid.words = known
+    overlaid.embedding_directory = tokenizer.embedding_directory or []
+    return overlaid
+
+
+def _refuse_clash(old: Word | None, new: Word) -> None:
+    if old is None or old is new:
+        return
+    same = old.vectors.keys() == new.vectors.keys() and all(equal(old.vectors[k], new.vectors[k]) for k in new.vectors)
+    if not same:
+        raise ValueError(
+            f"{new.placeholder} already stands for another learned word in this CLIP; "
+            "give one of the two another placeholder where it is loaded or trained."
+        )
+
+
+def _pattern(words: Mapping[str, Word]) -> re.Pattern:
+    """Matches any placeholder in any case, the longest first, and none inside a longer word."""
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile("|".join(rf"(?<![\w-]){re.escape(p)}(?![\w-])" if p[0].isalnum() else re.escape(p)
+                               for p in longest_first), re.IGNORECASE)
+
+
+def _key(placeholder: str) -> str:
+    """A name for the host's `embedding:` syntax: no space, comma or bracket ends it, and it never reads as a weight."""
+    return f"learned_{placeholder.lower().encode().hex()}_word"

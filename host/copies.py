@@ -1,0 +1,74 @@
+"""Private copies of a MODEL and a CLIP that can be trained through, beside originals that nothing touches."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import comfy.model_management
+import torch
+from comfy.clip_model import CLIPLayer
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
+from torch import Tensor
+
+
+@contextmanager
+def private_copies(model: ModelPatcher, clip: CLIP) -> Iterator[tuple[ModelPatcher, CLIP]]:
+    """Reloads `model` and `clip` from disk as ordinary frozen tensors, with the LoRAs they carry, for one training.
+
+    Gradients flow through both copies. Both are freed on the way out. Raises ValueError for a model or CLIP whose
+    loader did not leave the host a way to load it again.
+    """
+    in_training = comfy.model_management.in_training
+    with torch.inference_mode(False), torch.enable_grad():
+        unet, text = _reload(model, "MODEL"), clip.clone()
+        text.patcher = _reload(clip.patcher, "CLIP")
+        text.cond_stage_model = text.patcher.model
+        try:
+            comfy.model_management.in_training = True
+            yield unet, text
+        finally:
+            comfy.model_management.in_training = in_training
+            for patcher in (unet, text.patcher):
+                patcher.detach()
+            comfy.model_management.soft_empty_cache()
+
+
+def settle(*patchers: ModelPatcher) -> None:
+    """Brings copies whole onto their devices, where sampling a preview may have pushed them out."""
+    comfy.model_management.load_models_gpu(list(patchers), memory_required=1e20, force_full_load=True)
+
+
+def _reload(patcher: ModelPatcher, socket: str) -> ModelPatcher:
+    """`patcher.clone(force_deepcopy=True, disable_dynamic=True)`, spelled so that hosts before 0.26 have it too."""
+    if patcher.cached_patcher_init is None:
+        raise ValueError(
+            f"The {socket} comes from a loader that cannot load it a second time, which training needs; "
+            "use Load Checkpoint or another of ComfyUI's own loaders."
+        )
+    factory, arguments, *index = patcher.cached_patcher_init
+    fresh = factory(*arguments, disable_dynamic=True)
+    fresh = fresh[index[0]] if index else fresh
+    copy = patcher.clone(disable_dynamic=True, model_override=fresh.get_clone_model_override())
+    _prepare(copy)
+    settle(copy)  # while `fresh` lives: the host has it down as loaded and would report it as leaked
+    return copy
+
+
+def _prepare(copy: ModelPatcher) -> None:
+    """Freezes the weights and makes every part let gradients through."""
+    copy.model.requires_grad_(False).eval()
+    for name, layer in copy.model.named_modules():
+        if isinstance(layer, CLIPLayer):
+            copy.add_object_patch(f"{name}.forward", partial(_differentiable_forward, layer))
+    if isinstance(copy.model, BaseModel) and copy.model.get_dtype_inference() == torch.float16:
+        # Half precision has too little range for these gradients.
+        bf16 = comfy.model_management.should_use_bf16(copy.load_device)
+        copy.set_model_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
+
+
+def _differentiable_forward(layer: CLIPLayer, x: Tensor, mask: Tensor | None = None, optimized_attention=None) -> Tensor:
+    """The host's layer adds in place (comfy/clip_model.py, CLIPLayer.forward), which autograd refuses; same numbers."""
+    x = x + layer.self_attn(layer.layer_norm1(x), mask, optimized_attention)
+    return x + layer.mlp(layer.layer_norm2(x))

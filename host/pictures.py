@@ -1,0 +1,31 @@
+"""Pictures in and out of the host: the VAE, and samples from a model."""
+
+import comfy.sample
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
+from torch import Tensor
+
+from .text import encode
+
+
+def vae_encode(vae: VAE, images: Tensor) -> Tensor:
+    """Images (b h w 3) in 0..1 to the VAE's own latents (b c h w), fp32, ordinary tensors."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.cat([vae.encode(image[None]).float() for image in images.clone()])
+
+
+def sample_picture(model: ModelPatcher, clip: CLIP, vae: VAE, prompt: str, shape: tuple[int, ...], cfg: float,
+                   steps: int, seed: int) -> Tensor:
+    """One picture (h w 3) of `prompt` through the host's own sampler; `shape` is that of the latent (c h w).
+
+    Not in inference mode: weights that the host moves meanwhile would come out unfit for training.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        positive, negative = ([[context, {"pooled_output": pooled}]] for context, pooled in
+                              (encode(clip, prompt), encode(clip, "")))
+        latent = torch.zeros(1, *shape)
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+        sampled = comfy.sample.sample(model, noise, steps, cfg, "euler", "normal", positive, negative, latent,
+                                      disable_pbar=True, seed=seed)
+        return vae.decode(sampled)[0].cpu().clamp(0, 1)

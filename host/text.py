@@ -1,0 +1,77 @@
+"""Text in a CLIP: encoding without the host's model loading, embedding rows, and sizes."""
+
+import comfy.model_management
+import torch
+from comfy.sd import CLIP
+from comfy.sd1_clip import SDClipModel, SDTokenizer
+from torch import Tensor
+
+
+def encoders(clip: CLIP) -> dict[str, SDClipModel]:
+    """The text encoders of `clip` by the host's names: `clip_l`, `clip_g`, `clip_h`."""
+    return {n: m for n, m in clip.cond_stage_model.named_children() if isinstance(m, SDClipModel)}
+
+
+def widths(clip: CLIP) -> dict[str, int]:
+    """How many numbers one vector of each encoder has."""
+    return {name: _embedding(encoder).embedding_dim for name, encoder in encoders(clip).items()}
+
+
+def encode(clip: CLIP, text: str) -> tuple[Tensor, Tensor | None]:
+    """Encodes `text` to a context (1 n d) and the pooled vector (1 p) with the weights where they are.
+
+    `clip.encode_from_tokens` would first let the host make room, which may push out a UNet that is being trained.
+    """
+    model = clip.cond_stage_model
+    model.reset_clip_options()
+    if clip.layer_idx is not None:
+        model.set_clip_options({"layer": clip.layer_idx})
+    model.set_clip_options({"execution_device": clip.patcher.load_device})
+    with comfy.model_management.cuda_device_context(clip.patcher.load_device):
+        context, pooled, *_ = model.encode_token_weights(clip.tokenize(text))
+    return context, pooled
+
+
+def ready(clip: CLIP) -> CLIP:
+    """Lets the host load the weights, and returns `clip`."""
+    clip.load_model()
+    return clip
+
+
+def rows(clip: CLIP, text: str) -> dict[str, Tensor]:
+    """The embedding rows (n d), fp32 on the CPU, that each encoder looks up for `text`; no start, end or padding."""
+    return {name: _rows(clip, name, encoder, text) for name, encoder in encoders(clip).items()}
+
+
+def vocabulary_norms(clip: CLIP) -> dict[str, float]:
+    """The mean length of each encoder's embedding rows, rows that a reduced vocabulary left at zero apart."""
+    return {name: _mean_norm(_embedding(encoder).weight) for name, encoder in encoders(clip).items()}
+
+
+def is_ordinary_word(clip: CLIP, word: str) -> bool:
+    """Whether some encoder's vocabulary has `word` as one token of its own, so that prompts already use it."""
+    return any(f"{word.lower()}</w>" in tokenizer.tokenizer.get_vocab() for tokenizer in _tokenizers(clip).values())
+
+
+def _tokenizers(clip: CLIP) -> dict[str, SDTokenizer]:
+    return {name: t for name, t in vars(clip.tokenizer).items() if isinstance(t, SDTokenizer)}
+
+
+def _embedding(encoder: SDClipModel) -> torch.nn.Embedding:
+    return encoder.transformer.get_input_embeddings()
+
+
+def _rows(clip: CLIP, name: str, encoder: SDClipModel, text: str) -> Tensor:
+    tokenizer = _tokenizers(clip)[name]
+    sections = tokenizer.tokenize_with_weights(text)
+    tokens = [token for section in sections for token, _ in section[tokenizer.tokens_start:]]
+    words = [t for t in tokens if isinstance(t, Tensor) or t not in (tokenizer.end_token, tokenizer.pad_token)]
+    table = _embedding(encoder)
+    vectors = [t if isinstance(t, Tensor) else table(torch.tensor([t], device=table.weight.device), out_dtype=torch.float32)
+               for t in words]
+    return torch.cat([v.reshape(1, -1).cpu() for v in vectors]) if vectors else torch.zeros(0, table.embedding_dim)
+
+
+def _mean_norm(table: Tensor) -> float:
+    norms = torch.linalg.vector_norm(table.float(), dim=1)
+    return norms[norms > 0].mean().item()

@@ -1,0 +1,1 @@
+"""The nodes: sockets, widgets, validation and one call into a method."""

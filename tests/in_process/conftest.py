@@ -1,0 +1,111 @@
+"""ComfyUI's own classes at toy size with random weights: an SD1.x UNet, a CLIP with the real tokenizer, a TAESD VAE."""
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.taesd.taesd
+import pytest
+import torch
+
+torch.set_num_threads(1)  # toy sizes: more threads only wait for each other
+
+CPU = torch.device("cpu")
+WIDTH = 32
+UNET = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2], "transformer_depth": [1, 1], "transformer_depth_output": [1] * 4,
+    "transformer_depth_middle": 1, "context_dim": WIDTH, "num_heads": 4, "num_head_channels": -1,
+    "use_spatial_transformer": True, "use_linear_in_transformer": False, "legacy": False, "adm_in_channels": None,
+    "dtype": torch.float32, "use_temporal_attention": False, "use_temporal_resblock": False,
+}
+TEXT = {
+    "architectures": ["CLIPTextModel"], "hidden_act": "quick_gelu", "hidden_size": WIDTH, "intermediate_size": 64,
+    "max_position_embeddings": 77, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 49408,
+    "eos_token_id": 49407, "projection_dim": WIDTH,
+}
+
+
+def fill(module: torch.nn.Module, seed: int, scale: float = 0.1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+
+
+def make_model(model_type=comfy.model_base.ModelType.EPS, disable_dynamic=True) -> comfy.model_patcher.ModelPatcher:
+    config = comfy.supported_models.SD15(dict(UNET))
+    config.set_inference_dtype(torch.float32, None)
+    model = comfy.model_base.BaseModel(config, model_type=model_type, device=CPU)
+    fill(model, 1)
+    patcher = comfy.model_patcher.ModelPatcher(model, CPU, CPU)
+    patcher.cached_patcher_init = (make_model, (model_type,))
+    return patcher
+
+
+class TinyEncoder(comfy.sd1_clip.SDClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        super().__init__(device=device, dtype=dtype, textmodel_json_config=dict(TEXT), return_projected_pooled=False)
+
+
+class TinyClip(comfy.sd1_clip.SD1ClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        super().__init__(device=device, dtype=dtype, clip_model=TinyEncoder, model_options=model_options or {})
+
+
+class Target:
+    params = {}
+    clip = TinyClip
+    tokenizer = comfy.sd1_clip.SD1Tokenizer
+
+
+def make_clip(embeddings: str | None = None, disable_dynamic=True) -> comfy.sd.CLIP:
+    clip = comfy.sd.CLIP(Target, embedding_directory=embeddings, disable_dynamic=True)
+    fill(clip.cond_stage_model, 2)
+    clip.patcher.cached_patcher_init = (make_clip_patcher, (embeddings,))
+    return clip
+
+
+def make_clip_patcher(embeddings: str | None, disable_dynamic=True) -> comfy.model_patcher.ModelPatcher:
+    return make_clip(embeddings).patcher
+
+
+def make_vae() -> comfy.sd.VAE:
+    vae = comfy.taesd.taesd.TAESD()
+    fill(vae, 3)
+    return comfy.sd.VAE(sd=vae.state_dict())
+
+
+@pytest.fixture(scope="session")
+def model():
+    with torch.inference_mode():
+        return make_model()
+
+
+@pytest.fixture(scope="session")
+def velocity_model():
+    with torch.inference_mode():
+        return make_model(comfy.model_base.ModelType.V_PREDICTION)
+
+
+@pytest.fixture(scope="session")
+def embeddings(tmp_path_factory):
+    return tmp_path_factory.mktemp("embeddings")
+
+
+@pytest.fixture(scope="session")
+def clip(embeddings):
+    with torch.inference_mode():
+        return make_clip(str(embeddings))
+
+
+@pytest.fixture(scope="session")
+def vae():
+    with torch.inference_mode():
+        return make_vae()
+
+
+@pytest.fixture
+def photos():
+    """Three pictures of 64 pixels."""
+    return torch.rand(3, 64, 64, 3, generator=torch.Generator().manual_seed(4))

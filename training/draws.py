@@ -1,0 +1,52 @@
+"""Every random choice of a training step as a function of (seed, step), so that any step can be made again."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's material. `latents` and `noise` (b c h w), `timesteps` and `photos` (b); `lot` is a free random number."""
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    photos: Tensor
+    lot: int
+
+
+def draw(latents: Tensor, levels: int, batch_size: int, seed: int, step: int) -> Batch:
+    """Draws step `step` of the run `seed` from cached `latents` (n v c h w), where v are mirror variants.
+
+    Photos come in shuffled rounds, each once per round. One noise level is drawn from each of `batch_size` equal
+    parts of the `levels`, which keeps every level equally likely and the loss of a batch steadier.
+    """
+    generator = _generator(seed, "step", step)
+    photos = _photos(len(latents), batch_size, seed, step)
+    variants = torch.randint(latents.shape[1], (batch_size,), generator=generator)
+    strata = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
+    noise = torch.randn(batch_size, *latents.shape[2:], generator=generator)
+    lot = int(torch.randint(2**31, (1,), generator=generator))
+    where = latents.device
+    return Batch(
+        latents=latents[photos.to(where), variants.to(where)],
+        noise=noise.to(where),
+        timesteps=(strata * levels).long().clamp(max=levels - 1).to(where),
+        photos=photos,
+        lot=lot,
+    )
+
+
+def _photos(count: int, batch_size: int, seed: int, step: int) -> Tensor:
+    places = range(step * batch_size, (step + 1) * batch_size)
+    rounds = {place // count: None for place in places}
+    orders = {r: torch.randperm(count, generator=_generator(seed, "round", r)) for r in rounds}
+    return torch.stack([orders[place // count][place % count] for place in places])
+
+
+def _generator(seed: int, purpose: str, number: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
