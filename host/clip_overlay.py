@@ -1,4 +1,4 @@
-"""Gives a CLIP words of its own: a placeholder in a prompt stands for vectors held in memory, not for a file on disk."""
+"""Gives a CLIP words of its own: a placeholder in a prompt stands for vectors in memory instead of a file on disk."""
 
 import copy
 import re
@@ -11,7 +11,8 @@ from torch import Tensor, equal
 
 
 class Word(Protocol):
-    """What the overlay needs to know of a learned word: `vectors` maps an encoder's name (`clip_l`) to a tensor (n d)."""
+    """What the overlay needs to know of a learned word: `vectors` maps an encoder's name (`clip_l`) to a tensor (n "
+    "d)."""
 
     placeholder: str
     class_word: str
@@ -55,7 +56,7 @@ def with_words(clip: CLIP, words: Iterable[Word]) -> CLIP:
     overlaid.tokenizer = copy.copy(clip.tokenizer)
     tokenizers = {name: inner for name, inner in vars(clip.tokenizer).items() if isinstance(inner, SDTokenizer)}
     if not tokenizers:
-        raise ValueError(f"Learned words cannot be given to a text encoder of the kind {type(clip.tokenizer).__name__}.")
+        raise ValueError(f"Learned words cannot be given to a text encoder like {type(clip.tokenizer).__name__}.")
     for name, inner in tokenizers.items():
         setattr(overlaid.tokenizer, name, _overlay(inner, words))
     return overlaid

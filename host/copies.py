@@ -68,7 +68,7 @@ def _prepare(copy: ModelPatcher) -> None:
         copy.set_model_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
 
 
-def _differentiable_forward(layer: CLIPLayer, x: Tensor, mask: Tensor | None = None, optimized_attention=None) -> Tensor:
+def _differentiable_forward(layer: CLIPLayer, x: Tensor, mask=None, optimized_attention=None) -> Tensor:
     """The host's layer adds in place (comfy/clip_model.py, CLIPLayer.forward), which autograd refuses; same numbers."""
     x = x + layer.self_attn(layer.layer_norm1(x), mask, optimized_attention)
     return x + layer.mlp(layer.layer_norm2(x))

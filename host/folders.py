@@ -14,7 +14,7 @@ def embedding_path(name: str) -> Path:
     """The file behind a listed name. Raises ValueError when it is gone."""
     path = folder_paths.get_full_path("embeddings", name)
     if path is None:
-        raise ValueError(f"There is no embedding {name!r} in ComfyUI's models/embeddings folder; press R to refresh the list.")
+        raise ValueError(f"There is no embedding {name!r} in models/embeddings; press R to refresh the list.")
     return Path(path)
 
 

@@ -1,1 +1,21 @@
 """The nodes: sockets, widgets, validation and one call into a method."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .apply_concept import ConceptsApply
+from .concept_files import ConceptsLoad, ConceptsSave
+from .microworld_photos import ConceptsMicroworldPhotos
+from .train_textual_inversion import ConceptsTrainTextualInversion
+
+
+class ConceptsExtension(ComfyExtension):
+    """The pack as ComfyUI sees it."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            ConceptsTrainTextualInversion,
+            ConceptsSave,
+            ConceptsLoad,
+            ConceptsApply,
+            ConceptsMicroworldPhotos,
+        ]

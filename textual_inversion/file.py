@@ -110,7 +110,7 @@ def _checked(path: Path, name: str, vectors: Tensor) -> Tensor:
     if vectors.ndim != 2 or not 1 <= len(vectors) <= LONGEST or vectors.shape[1] == 0:
         raise ValueError(f"{path.name} is not an embedding: {name!r} has the shape {tuple(vectors.shape)}.")
     if not vectors.is_floating_point():
-        raise ValueError(f"{path.name} is not an embedding: {name!r} holds {vectors.dtype}, not numbers with a fraction.")
+        raise ValueError(f"{path.name} is not an embedding: {name!r} holds whole numbers.")
     vectors = vectors.to(torch.float32)
     if not bool(vectors.isfinite().all()):
         raise ValueError(f"{path.name} is damaged: {name!r} holds values that are not finite numbers.")

@@ -157,7 +157,8 @@ def learn_word(model: Any, clip: Any, vae: Any, images: Sequence[Tensor], recipe
             raise Diverged(f"{error} What was learned before is kept in {kept}.", error.losses) from error
         concept = _concept(method, base, watcher, losses, len(photos))
     if len(losses) < recipe.steps:
-        log.info("Training stopped after %d of %d steps; kept in %s", len(losses), recipe.steps, _keep(concept, len(losses)))
+        kept = _keep(concept, len(losses))
+        log.info("Training stopped after %d of %d steps; the word so far is kept in %s", len(losses), recipe.steps, kept)
     return Lesson(concept, losses, _sheet(photos, watcher, losses))
 
 

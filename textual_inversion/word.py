@@ -38,5 +38,6 @@ def check_placeholder(placeholder: str) -> None:
         raise ValueError("The placeholder is empty; write the word that prompts will use, such as <mine>.")
     if not PLACEHOLDER.fullmatch(placeholder):
         raise ValueError(
-            f"The placeholder {placeholder!r} must be one word of letters, digits, - and _, best in angle brackets: <mine>."
+            f"The placeholder {placeholder!r} must be one word of letters, digits, - and _, "
+            "best in angle brackets: <mine>."
         )

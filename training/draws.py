@@ -9,7 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's material. `latents` and `noise` (b c h w), `timesteps` and `photos` (b); `lot` is a free random number."""
+    """One step's material: `latents` and `noise` (b c h w), `timesteps` and `photos` (b).
+
+    `lot` is a random number for a choice of the method's own, such as a sentence.
+    """
 
     latents: Tensor
     noise: Tensor
