@@ -67,9 +67,14 @@ def _rows(clip: CLIP, name: str, encoder: SDClipModel, text: str) -> Tensor:
     tokens = [token for section in sections for token, _ in section[tokenizer.tokens_start:]]
     words = [t for t in tokens if isinstance(t, Tensor) or t not in (tokenizer.end_token, tokenizer.pad_token)]
     table = _embedding(encoder)
-    vectors = [t if isinstance(t, Tensor) else table(torch.tensor([t], device=table.weight.device), out_dtype=torch.float32)
-               for t in words]
-    return torch.cat([v.reshape(1, -1).cpu() for v in vectors]) if vectors else torch.zeros(0, table.embedding_dim)
+
+    def vector(token: int | Tensor) -> Tensor:
+        if isinstance(token, Tensor):
+            return token
+        return table(torch.tensor([token], device=table.weight.device), out_dtype=torch.float32)
+
+    vectors = [vector(token).reshape(1, -1).cpu() for token in words]
+    return torch.cat(vectors) if vectors else torch.zeros(0, table.embedding_dim)
 
 
 def _mean_norm(table: Tensor) -> float:

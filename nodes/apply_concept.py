@@ -18,8 +18,7 @@ class ConceptsApply(io.ComfyNode):
             category="concepts/apply",
             description=(
                 "Makes a concept available to the prompts behind it: write its placeholder, such as <mine>, in CLIP "
-                "Text "
-                "Encode. Chain several like LoRA loaders. The model and CLIP that come in stay as they are."
+                "Text Encode. Chain several like LoRA loaders. The model and CLIP that come in stay as they are."
             ),
             search_aliases=["use embedding", "apply textual inversion", "learned word", "concept loader"],
             inputs=[
@@ -42,5 +41,5 @@ class ConceptsApply(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, concept: ConceptValue, strength: float) -> io.NodeOutput:
         if clip is None:
-            raise ValueError("This checkpoint file has no text encoder (CLIP) in it; load one and connect it to 'clip'.")
+            raise ValueError("This checkpoint file has no text encoder (CLIP); load one and connect it to 'clip'.")
         return io.NodeOutput(model, apply_words(clip, concept, strength))

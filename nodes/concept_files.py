@@ -44,7 +44,7 @@ class ConceptsSave(io.ComfyNode):
         folder = embeddings_folder()
         path = file.save(concept, folder, name, overwrite)
         text = f"embedding:{path.relative_to(folder).with_suffix('').as_posix()}"
-        return io.NodeOutput(text, ui=ui.PreviewText(f"Saved. Write {text} in any prompt; press R to refresh the lists."))
+        return io.NodeOutput(text, ui=ui.PreviewText(f"Saved: write {text} in any prompt."))
 
 
 class ConceptsLoad(io.ComfyNode):

@@ -45,8 +45,7 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The checkpoint's VAE. Photos are encoded once, before the first step."),
                 io.Image.Input("images", tooltip=(
                     "Three to ten photos of the thing, in different places and from different sides, the thing large "
-                    "in "
-                    "each. A batch, or a list of any sizes; the middle square of each is used."
+                    "in each. A batch, or a list of any sizes; the middle square of each is used."
                 )),
                 io.String.Input("init_text", default="", placeholder="class word, such as: cat", tooltip=(
                     "The ordinary word or words that come closest, such as 'cat' or 'teapot'. Learning starts there; "
@@ -58,8 +57,7 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
                 )),
                 io.Int.Input("steps", default=500, min=1, max=100000, tooltip=(
                     "How many times the word is improved. A few hundred usually do; with more it copies the photos "
-                    "more "
-                    "closely and obeys the rest of the prompt less."
+                    "more closely and obeys the rest of the prompt less."
                 )),
                 io.Float.Input("learning_rate", default=0.005, min=0.0, max=1.0, step=0.0001, round=0.000001, tooltip=(
                     "How far each step moves. Higher learns faster and forgets the class word sooner. It falls to a "
@@ -74,8 +72,7 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
                 )),
                 io.Int.Input("vectors", default=1, min=1, max=16, advanced=True, tooltip=(
                     "How many token places the word takes in the prompt. More hold more detail and push the rest of "
-                    "the "
-                    "prompt aside."
+                    "the prompt aside."
                 )),
                 io.Combo.Input("sentences", options=list(BY_KIND), default="object", advanced=True, tooltip=(
                     "The kind of sentences the word is learned in: 'object' for things and beings, 'style' for a look."
@@ -83,8 +80,7 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
                 io.String.Input("own_sentences", default="", multiline=True, advanced=True,
                                 placeholder="your own sentences, one per line: a photo of {} on a table", tooltip=(
                     "Your own sentences instead, one per line, {} where the word goes. What they say besides the word "
-                    "is "
-                    "not learned into the word, so name backgrounds that all photos share."
+                    "is not learned into the word, so name backgrounds that all photos share."
                 )),
                 io.Int.Input("resolution", default=0, min=0, max=2048, step=64, advanced=True, tooltip=(
                     "Side of the training square in pixels. 0 takes the photos' own size, up to 512."
@@ -94,8 +90,7 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
                 )),
                 io.Float.Input("keep_length", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
                     "How strongly the vectors are drawn back to the length of ordinary words after each step. 0 lets "
-                    "them "
-                    "grow: closer to the photos. Higher: obeys the prompt more."
+                    "them grow: closer to the photos. Higher: obeys the prompt more."
                 )),
                 io.Int.Input("preview_every", default=100, min=0, max=100000, advanced=True, tooltip=(
                     "A sample picture is drawn every so many steps. 0 draws only the first and the last."
@@ -146,7 +141,7 @@ def check_sockets(one: dict) -> None:
     """Raises ValueError for a checkpoint that came without a part, or a placeholder that its encoder knows."""
     for name, part in (("model", "diffusion model"), ("clip", "text encoder (CLIP)"), ("vae", "VAE")):
         if one[name] is None:
-            raise ValueError(f"This checkpoint file has no {part} in it; load one separately and connect it to {name!r}.")
+            raise ValueError(f"This checkpoint file has no {part}; load one and connect it to {name!r}.")
     check_placeholder(one["placeholder"].strip())
     if is_ordinary_word(one["clip"], one["placeholder"].strip()):
         raise ValueError(

@@ -158,7 +158,7 @@ def learn_word(model: Any, clip: Any, vae: Any, images: Sequence[Tensor], recipe
         concept = _concept(method, base, watcher, losses, len(photos))
     if len(losses) < recipe.steps:
         kept = _keep(concept, len(losses))
-        log.info("Training stopped after %d of %d steps; the word so far is kept in %s", len(losses), recipe.steps, kept)
+        log.info("Training stopped after %d of %d steps; it is kept in %s", len(losses), recipe.steps, kept)
     return Lesson(concept, losses, _sheet(photos, watcher, losses))
 
 
