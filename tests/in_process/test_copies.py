@@ -1,0 +1,75 @@
+"""Private copies compute what the originals compute, let gradients through, and leave no trace."""
+
+import gc
+import weakref
+
+import comfy.model_management
+import pytest
+import torch
+from concepts_pack.host.copies import private_copies
+from concepts_pack.host.text import encode
+
+
+def weights(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def unchanged(module, before):
+    after = module.state_dict()
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_text_encoding_is_bit_identical(model, clip):
+    prompts = ["a cat", "a (striped:1.4) cat, on grass", "word " * 100]
+    expected = [clip.encode_from_tokens(clip.tokenize(p), return_pooled=True) for p in prompts]
+    with private_copies(model, clip) as (_, text):
+        for prompt, (context, pooled) in zip(prompts, expected, strict=True):
+            ours = encode(text, prompt)
+            assert torch.equal(ours[0], context) and torch.equal(ours[1], pooled)
+
+
+def test_clip_skip_is_kept(model, clip):
+    skipped = clip.clone()
+    skipped.clip_layer(-2)
+    expected = skipped.encode_from_tokens(skipped.tokenize("a cat"))
+    with private_copies(model, skipped) as (_, text):
+        assert torch.equal(encode(text, "a cat")[0], expected)
+
+
+def test_a_lora_on_the_inputs_is_in_the_copies(model, clip):
+    key = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+    tuned = clip.clone()
+    tuned.add_patches({key: (torch.ones_like(clip.cond_stage_model.state_dict()[key]),)}, 0.5)
+    expected = tuned.encode_from_tokens(tuned.tokenize("a cat"))
+    plain = clip.encode_from_tokens(clip.tokenize("a cat"))
+    with private_copies(model, tuned) as (_, text):
+        assert torch.equal(encode(text, "a cat")[0], expected)
+    assert not torch.equal(expected, plain)
+
+
+def test_originals_keep_every_bit(model, clip):
+    before = weights(model.model), weights(clip.cond_stage_model)
+    with private_copies(model, clip) as (unet, text):
+        for parameter in [*unet.model.parameters(), *text.cond_stage_model.parameters()]:
+            assert not parameter.requires_grad and not parameter.is_inference()
+            parameter.data += 1
+    assert unchanged(model.model, before[0]) and unchanged(clip.cond_stage_model, before[1])
+
+
+def test_copies_are_freed_and_state_is_restored(model, clip):
+    with pytest.raises(KeyError), private_copies(model, clip) as (unet, text):
+        alive = [weakref.ref(unet.model), weakref.ref(text.cond_stage_model)]
+        assert comfy.model_management.in_training
+        raise KeyError
+    del unet, text
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+    assert not comfy.model_management.in_training
+
+
+def test_a_loader_that_cannot_load_again_is_named(model, clip):
+    once = model.clone()
+    once.cached_patcher_init = None
+    with pytest.raises(ValueError, match="The MODEL comes from a loader that cannot load it a second time"):
+        with private_copies(once, clip):
+            pass
