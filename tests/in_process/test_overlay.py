@@ -80,7 +80,8 @@ def test_longest_placeholder_wins_and_none_matches_inside_a_word(clip):
 
 def test_the_files_of_the_host_still_work(clip, embeddings):
     save_file({"emb_params": word("x", seed=5).vectors["clip_l"]}, embeddings / "other.safetensors")
-    same_tokens(with_words(clip, [word("<one>")]).tokenize("a embedding:other, b"), clip.tokenize("a embedding:other, b"))
+    prompt = "a embedding:other, b"
+    same_tokens(with_words(clip, [word("<one>")]).tokenize(prompt), clip.tokenize(prompt))
 
 
 def test_one_placeholder_cannot_mean_two_things(clip):

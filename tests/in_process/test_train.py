@@ -1,0 +1,148 @@
+"""A whole training on toy models: it learns, it repeats itself, it stops well, and it leaves everything else alone."""
+
+import comfy.ldm.modules.attention
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models
+import comfy.utils
+import folder_paths
+import pytest
+import torch
+from concepts_pack.host.copies import private_copies
+from concepts_pack.host.progress import Cancelled
+from concepts_pack.textual_inversion.file import load, to_bytes
+from concepts_pack.textual_inversion.train import Preview, Recipe, WordMethod, learn_word
+from concepts_pack.training.draws import draw
+from concepts_pack.training.loop import Diverged, NoGradient, Plan, train
+
+QUICK = Preview(every=2, steps=1)
+
+
+def recipe(**changes):
+    return Recipe(**{"placeholder": "<mine>", "init_text": "cat", "steps": 4, "learning_rate": 0.01, "batch_size": 2,
+                     "seed": 5, **changes})
+
+
+@pytest.fixture(autouse=True)
+def output(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def hook():
+    """Sets the function that hears of progress, as the server's does."""
+    yield comfy.utils.set_progress_bar_global_hook
+    comfy.utils.set_progress_bar_global_hook(None)
+    comfy.model_management.interrupt_current_processing(False)
+
+
+def mean_loss(method, latents, steps):
+    with torch.no_grad():
+        return torch.cat([method.loss(draw(latents, 1000, 4, 123, step)) for step in range(steps)]).mean().item()
+
+
+def make_text_matter(unet):
+    """Random weights hardly listen to the prompt; these do."""
+    for name, parameter in unet.named_parameters():
+        if "attn2" in name or name.startswith("diffusion_model.out."):
+            parameter.data *= 10
+
+
+def test_it_learns(velocity_model, clip):
+    latents = torch.randn(1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with private_copies(velocity_model, clip) as (unet, text):
+        make_text_matter(unet.model)
+        method = WordMethod(unet, text, recipe(vectors=4, learning_rate=0.03, steps=40, sentences=("{}",)))
+        before = mean_loss(method, latents, 8)
+        train(method, latents, Plan(steps=40, batch_size=4, seed=0, levels=1000), lambda losses: None)
+        assert mean_loss(method, latents, 8) < before * 0.95
+
+
+def test_same_seed_same_file_and_other_seed_another(model, clip, vae, photos):
+    with torch.inference_mode():
+        first, again, other = (learn_word(model, clip, vae, [photos], recipe(seed=s), QUICK) for s in (5, 5, 6))
+    assert to_bytes(first.concept) == to_bytes(again.concept) != to_bytes(other.concept)
+    assert first.losses == again.losses != other.losses and len(first.losses) == 4
+    assert first.sheet.tobytes() == again.sheet.tobytes()
+
+
+def test_previews_do_not_change_what_is_learned(model, clip, vae, photos):
+    views = QUICK, Preview(every=0, steps=2)
+    often, never = (learn_word(model, clip, vae, [photos], recipe(), view) for view in views)
+    assert torch.equal(*(lesson.concept.words[0].vectors["clip_l"] for lesson in (often, never)))
+
+
+def test_base_weights_keep_every_bit(model, clip, vae, photos):
+    parts = [model.model, clip.cond_stage_model, vae.first_stage_model]
+    before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
+    learn_word(model, clip, vae, [photos], recipe(), QUICK)
+    for part, saved in zip(parts, before, strict=True):
+        assert all(torch.equal(saved[k], v) for k, v in part.state_dict().items())
+
+
+def test_a_run_goes_on_from_any_step_as_if_never_stopped(model, clip):
+    """What resuming will stand on: losses of step k depend on the word before it, the seed and k alone."""
+    latents = torch.randn(2, 1, 4, 8, 8)
+    with private_copies(model, clip) as (unet, text):
+        method = WordMethod(unet, text, recipe())
+        seen = []
+        losses = train(method, latents, Plan(3, 2, 5, 1000), lambda _: seen.append(method.word().vectors["clip_l"]))
+        method.leaves["clip_l"].data = seen[1]
+        assert method.loss(draw(latents, 1000, 2, 5, 2)).mean().item() == losses[2]
+
+
+def test_length_is_kept_when_asked(model, clip, vae, photos):
+    free, kept = (learn_word(model, clip, vae, [photos], recipe(norm_pull=pull, learning_rate=0.1), QUICK)
+                  for pull in (0.0, 1.0))
+    table = clip.cond_stage_model.clip_l.transformer.get_input_embeddings().weight
+    norms = [lesson.concept.words[0].vectors["clip_l"].norm().item() for lesson in (free, kept)]
+    assert norms[1] == pytest.approx(table.norm(dim=1).mean().item(), rel=1e-4)
+    assert norms[0] != pytest.approx(norms[1], rel=1e-2)
+
+
+def test_the_live_picture_is_sent(model, clip, vae, photos, hook):
+    heard = []
+    hook(lambda value, total, preview, **_: heard.append((value, total, preview)))
+    learn_word(model, clip, vae, [photos], recipe(), QUICK)
+    assert [(value, total) for value, total, _ in heard if total == 4] == [(i, 4) for i in (1, 2, 3, 4)]
+    kind, picture, _ = heard[-1][2]
+    assert kind == "JPEG" and picture.size == (832, 448)
+
+
+def test_cancel_keeps_and_returns_what_was_learned(model, clip, vae, photos, hook, output):
+    hook(lambda value, *_, **__: value == 3 and comfy.model_management.interrupt_current_processing(True))
+    lesson = learn_word(model, clip, vae, [photos], recipe(steps=50), Preview(every=0, steps=1))
+    assert 3 <= len(lesson.losses) < 50 and not comfy.model_management.processing_interrupted()
+    kept = output / "concepts" / f"mine-step{len(lesson.losses)}.safetensors"
+    assert to_bytes(load(kept)) == to_bytes(lesson.concept) == kept.read_bytes()
+
+
+def test_cancel_before_the_first_step_stops_the_node(model, clip, vae, photos):
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(Cancelled):
+        learn_word(model, clip, vae, [photos], recipe(), QUICK)
+
+
+def test_a_lost_loss_stops_and_keeps_the_last_good_word(model, clip, vae, photos, output):
+    with pytest.raises(Diverged, match="stopped being a number at step 2; a lower learning rate .* is kept in"):
+        learn_word(model, clip, vae, [photos], recipe(learning_rate=1e30), Preview(every=0, steps=1))
+    word, = load(output / "concepts" / "mine-step1.safetensors").words
+    assert word.vectors["clip_l"].isfinite().all()
+
+
+def test_attention_without_backward_is_named(model, clip, vae, photos, monkeypatch):
+    attention = comfy.ldm.modules.attention.optimized_attention
+    monkeypatch.setattr(comfy.ldm.modules.attention, "optimized_attention", lambda *a, **k: attention(*a, **k).detach())
+    with pytest.raises(NoGradient, match="attention back end that cannot be trained through"):
+        learn_word(model, clip, vae, [photos], recipe(), QUICK)
+
+
+def test_other_bases_are_named(clip, vae, photos, model):
+    config = comfy.supported_models.SD20(dict(model.model.model_config.unet_config))
+    config.set_inference_dtype(torch.float32, None)
+    cpu = torch.device("cpu")
+    other = comfy.model_patcher.ModelPatcher(comfy.model_base.BaseModel(config, device=cpu), cpu, cpu)
+    with pytest.raises(ValueError, match=r"Stable Diffusion 1.x checkpoints so far; this one is SD20"):
+        learn_word(other, clip, vae, [photos], recipe(), QUICK)
