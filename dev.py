@@ -43,7 +43,7 @@ HOSTS = {
     "0.18.2": ("2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af"),
 }
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
-TOOLS = ("pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6")
+TOOLS = ("pytest==9.2.0", "hypothesis==6.155.7", "ruff==0.17.6")
 
 # What pip says when it fails, and what to tell the user; the first match counts
 OFFLINE = r"ConnectionError|Connection (refused|reset)|ConnectTimeout|name resolution|Max retries|ProxyError"

@@ -103,11 +103,22 @@ def test_number_out_of_range_is_refused(client, info):
         client.run(prompt)
 
 
-def test_cancel_leaves_the_server_usable(client, info):
-    prompt = example(info, steps=1000)
+def test_cancel_during_training_keeps_what_was_learned(client, info):
+    prompt = example(info, steps=100_000)
     started = threading.Event()
     threading.Thread(target=lambda: (started.wait(), client.interrupt()), daemon=True).start()
-    title = next(node["_meta"]["title"] for node in prompt.values() if node["class_type"] == TRAIN)
+    trainer = next(node["_meta"]["title"] for node in prompt.values() if node["class_type"] == TRAIN)
+    outputs = client.run(prompt, lambda title, *_: title == trainer and started.set())
+    saved = next(key for key, node in prompt.items() if node["class_type"] == "SaveImage")
+    assert client.images(outputs[saved])
+    assert still_works(client)
+
+
+def test_cancel_during_sampling_leaves_the_server_usable(client, info):
+    prompt = example(info)
+    the(prompt, "KSampler")["steps"] = 10_000
+    started = threading.Event()
+    threading.Thread(target=lambda: (started.wait(), client.interrupt()), daemon=True).start()
     with pytest.raises(ComfyError, match="Cancelled"):
-        client.run(prompt, lambda node, *_: node == title and started.set())
+        client.run(prompt, lambda _, __, maximum: maximum == 10_000 and started.set())
     assert still_works(client)
