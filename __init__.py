@@ -1,6 +1,10 @@
 """ComfyUI-Concepts: teach a checkpoint your own subjects and compose them on the graph."""
 
+from .microworld.host import register
+
 WEB_DIRECTORY = "./web"
+
+register()
 
 
 async def comfy_entrypoint():

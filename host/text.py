@@ -43,11 +43,6 @@ def rows(clip: CLIP, text: str) -> dict[str, Tensor]:
     return {name: _rows(clip, name, encoder, text) for name, encoder in encoders(clip).items()}
 
 
-def vocabulary_norms(clip: CLIP) -> dict[str, float]:
-    """The mean length of each encoder's embedding rows, rows that a reduced vocabulary left at zero apart."""
-    return {name: _mean_norm(_embedding(encoder).weight) for name, encoder in encoders(clip).items()}
-
-
 def is_ordinary_word(clip: CLIP, word: str) -> bool:
     """Whether some encoder's vocabulary has `word` as one token of its own, so that prompts already use it."""
     return any(f"{word.lower()}</w>" in tokenizer.tokenizer.get_vocab() for tokenizer in _tokenizers(clip).values())
@@ -75,8 +70,3 @@ def _rows(clip: CLIP, name: str, encoder: SDClipModel, text: str) -> Tensor:
 
     vectors = [vector(token).reshape(1, -1).cpu() for token in words]
     return torch.cat(vectors) if vectors else torch.zeros(0, table.embedding_dim)
-
-
-def _mean_norm(table: Tensor) -> float:
-    norms = torch.linalg.vector_norm(table.float(), dim=1)
-    return norms[norms > 0].mean().item()

@@ -29,7 +29,7 @@ class ConceptsSave(io.ComfyNode):
                     "The file's name, and the word behind embedding: in prompts. people/anna saves to a subfolder."
                 )),
                 io.Boolean.Input("overwrite", default=False, tooltip=(
-                    "Replace a file of that name. When off, a name that is taken gets a number: mine_2, mine_3, …"
+                    "Replace a file of that name. When off, a name that is taken gets a number: mine_2, then mine_3."
                 )),
             ],
             outputs=[

@@ -89,7 +89,7 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
                     "Also learn from mirrored photos. Off for anything with lettering or whose left and right differ."
                 )),
                 io.Float.Input("keep_length", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
-                    "How strongly the vectors are drawn back to the length of ordinary words after each step. 0 lets "
+                    "How strongly the vectors are drawn back to the length of the init text's after each step. 0 lets "
                     "them grow: closer to the photos. Higher: obeys the prompt more."
                 )),
                 io.Int.Input("preview_every", default=100, min=0, max=100000, advanced=True, tooltip=(

@@ -16,7 +16,7 @@ from ..host.folders import unfinished_folder
 from ..host.objective import denoising_loss, timestep_count
 from ..host.pictures import sample_picture, vae_encode
 from ..host.progress import ProgressBar
-from ..host.text import encode, rows, vocabulary_norms
+from ..host.text import encode, rows
 from ..training import preview
 from ..training.dataset import cache_latents, single_photos, squares, working_side
 from ..training.draws import Batch
@@ -76,7 +76,7 @@ class WordMethod:
             encoder: spread(start, recipe.vectors).clone().to(device).requires_grad_()
             for encoder, start in rows(clip, recipe.init_text).items()
         }
-        self.norms = vocabulary_norms(clip)
+        self.norms = {encoder: leaf.detach().norm(dim=1).mean() for encoder, leaf in self.leaves.items()}
         self.clip = with_words(clip, [Word(recipe.placeholder, recipe.init_text, self.leaves)])
 
     def parameters(self) -> list[dict[str, Any]]:

@@ -1,0 +1,190 @@
+"""The nodes as an artist meets them: stable names, help everywhere, one sentence for what cannot work."""
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import concepts_pack
+import folder_paths
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SNAPSHOT = Path(__file__).with_name("schema.json")
+extension = asyncio.run(concepts_pack.comfy_entrypoint())
+NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
+
+
+def schema(node):
+    """What saved workflows depend on: ids, order and types."""
+    described = node.GET_SCHEMA()
+    return {
+        "inputs": [[i.id, i.get_io_type()] for i in described.inputs],
+        "outputs": [[o.id, o.get_io_type()] for o in described.outputs],
+    }
+
+
+def run(node_id, **inputs):
+    return NODES[node_id].execute(**inputs)
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    folder = tmp_path / "embeddings"
+    folder.mkdir()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", ([str(folder)], {".safetensors"}))
+    folder_paths.filename_list_cache.pop("embeddings", None)
+    return folder
+
+
+@pytest.fixture
+def training(model, clip, vae, photos):
+    """The training node's inputs as the executor hands them over: every one a list."""
+    inputs = {"model": model, "clip": clip, "vae": vae, "images": photos, "init_text": "cat"}
+    for widget in NODES["ConceptsTrainTextualInversion"].GET_SCHEMA().inputs:
+        inputs.setdefault(widget.id, getattr(widget, "default", None))
+    inputs |= {"steps": 2, "batch_size": 1, "preview_every": 0, "preview_steps": 1}
+    return {name: [value] for name, value in inputs.items()}
+
+
+def test_schema_is_that_of_the_snapshot():
+    """Saved workflows hold widget values by position: change an id, an order or a type and they break."""
+    now = {name: schema(node) for name, node in NODES.items()}
+    if "CONCEPTS_WRITE_SNAPSHOT" in os.environ:
+        SNAPSHOT.write_text(json.dumps(now, indent=1) + "\n")
+    assert now == json.loads(SNAPSHOT.read_text())
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_everything_is_explained(node_id):
+    described = NODES[node_id].GET_SCHEMA()
+    assert node_id.startswith("Concepts") and described.category.startswith("concepts/")
+    assert described.description and described.search_aliases and described.display_name
+    for socket in [*described.inputs, *described.outputs]:
+        assert socket.tooltip and socket.tooltip.endswith("."), socket.id
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_help_page_names_every_widget_and_output(node_id):
+    page = (ROOT / concepts_pack.WEB_DIRECTORY / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
+    described = NODES[node_id].GET_SCHEMA()
+    missing = [s.id for s in [*described.inputs, *described.outputs] if f"**{(s.display_name or s.id)}**" not in page]
+    assert not missing
+    for picture in [part.split(")")[0] for part in page.split("](")[1:]]:
+        assert picture.startswith("http") or (ROOT / "web" / "docs" / picture).exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "locales").glob("*/nodeDefs.json")), ids=lambda path: path.parent.name)
+def test_translations_fit_the_nodes(path):
+    translated = json.loads(path.read_text(encoding="utf-8"))
+    assert translated.keys() == NODES.keys()
+    for node_id, texts in translated.items():
+        described = NODES[node_id].GET_SCHEMA()
+        assert texts["inputs"].keys() == {i.id for i in described.inputs}
+        assert texts["outputs"].keys() == {str(number) for number in range(len(described.outputs))}
+
+
+def test_train_save_load_apply(training, clip, model, folders):
+    concept, losses, sheet = run("ConceptsTrainTextualInversion", **training).result
+    assert len(losses["loss"]) == 2 and sheet.shape[::3] == (1, 3) and 0 <= sheet.min() <= sheet.max() <= 1
+    (text,) = run("ConceptsSave", concept=concept, name="mine", overwrite=False).result
+    assert text == "embedding:mine" and (folders / "mine.safetensors").exists()
+    (text,) = run("ConceptsSave", concept=concept, name="people/mine", overwrite=False).result
+    assert text == "embedding:people/mine"
+    loaded, placeholder = run("ConceptsLoad", name="mine.safetensors", placeholder="").result
+    assert placeholder == "<mine>"
+    same_model, applied = run("ConceptsApply", model=model, clip=clip, concept=loaded, strength=1.0).result
+    assert same_model is model
+    vectors = [t for t, _ in applied.tokenize("a <mine>")["l"][0] if torch.is_tensor(t)]
+    assert torch.equal(torch.stack(vectors), concept.words[0].vectors["clip_l"])
+
+
+def test_a_file_written_anew_is_read_anew(training, folders):
+    load = NODES["ConceptsLoad"]
+    concept = run("ConceptsTrainTextualInversion", **training).result[0]
+    run("ConceptsSave", concept=concept, name="mine", overwrite=True)
+    before = load.fingerprint_inputs("mine.safetensors", "")
+    assert before == load.fingerprint_inputs("mine.safetensors", "")
+    os.utime(folders / "mine.safetensors", (1, 1))
+    assert before != load.fingerprint_inputs("mine.safetensors", "")
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ValueError, match="no embedding 'gone.safetensors'"):
+        run("ConceptsLoad", name="gone.safetensors", placeholder="")
+
+
+def test_only_a_cancelled_training_is_trained_again(training):
+    node = NODES["ConceptsTrainTextualInversion"]
+    widgets = {name: value for name, value in training.items() if name not in ("model", "clip", "vae", "images")}
+    before = node.fingerprint_inputs(**widgets)
+    node.execute(**training)
+    assert node.fingerprint_inputs(**widgets) == before
+    comfy.utils.set_progress_bar_global_hook(
+        lambda *_, **__: comfy.model_management.interrupt_current_processing(True))
+    try:
+        losses = node.execute(**(training | {"steps": [40]})).result[1]
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+        comfy.model_management.interrupt_current_processing(False)
+    assert len(losses["loss"]) < 40
+    assert node.fingerprint_inputs(**(widgets | {"steps": [40]})) != before == node.fingerprint_inputs(**widgets)
+
+
+@pytest.mark.parametrize(("widget", "value", "complaint"), [
+    ("init_text", " ", "init text is empty"),
+    ("init_text", "...", None),
+    ("placeholder", "", "placeholder is empty"),
+    ("placeholder", "my cat", "must be one word"),
+    ("placeholder", "cat", "'cat' is a word the text encoder already knows; use one that is not, such as <cat>"),
+    ("learning_rate", 0.0, "learning rate must be a number above 0"),
+    ("learning_rate", float("nan"), "learning rate must be a number above 0"),
+    ("learning_rate", float("inf"), "learning rate must be a number above 0"),
+    ("own_sentences", "no place", "Each sentence needs the place"),
+    ("clip", None, r"no text encoder \(CLIP\); load one and connect it to 'clip'"),
+    ("vae", None, "no VAE"),
+    ("images", torch.zeros(0, 64, 64, 3), "no images"),
+    ("images", torch.zeros(1, 1, 1, 3), "1×1 pixels"),
+])
+def test_what_cannot_be_trained_is_said_in_one_sentence(training, widget, value, complaint):
+    inputs = training | {widget: [value]}
+    if complaint is None:
+        run("ConceptsTrainTextualInversion", **inputs)
+        return
+    with pytest.raises(ValueError, match=complaint) as error:
+        run("ConceptsTrainTextualInversion", **inputs)
+    assert "\n" not in str(error.value)
+
+
+def test_photos_of_the_sample_world():
+    name = NODES["ConceptsMicroworldPhotos"].GET_SCHEMA().inputs[0].options[0]
+    first = run("ConceptsMicroworldPhotos", concept=name, count=2, seed=1).result
+    again = run("ConceptsMicroworldPhotos", concept=name, count=2, seed=1).result
+    other = run("ConceptsMicroworldPhotos", concept=name, count=2, seed=2).result
+    assert first[0].shape == (2, 128, 128, 3) and first[1].shape == (2, 128, 128) and first[2] in name
+    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_example_workflow_fits_the_nodes(path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    assert path.with_suffix(".jpg").exists()
+    links = {link[0]: link for link in workflow["links"]}
+    for node in workflow["nodes"]:
+        if node["type"] not in NODES:
+            continue
+        described = NODES[node["type"]].GET_SCHEMA()
+        kinds = {i.id: i.get_io_type() for i in described.inputs}
+        for slot in node["inputs"]:
+            assert slot["type"] == kinds[slot["name"]]
+            assert slot.get("link") is None or links[slot["link"]][5] == slot["type"]
+        assert [o["type"] for o in node["outputs"]] == [o.get_io_type() for o in described.outputs]
+    boxes = [(n["pos"], n["size"]) for n in workflow["nodes"]]
+    for number, (pos, size) in enumerate(boxes):
+        for other, other_size in boxes[number + 1:]:
+            apart = [pos[i] + size[i] <= other[i] or other[i] + other_size[i] <= pos[i] for i in (0, 1)]
+            assert any(apart), (pos, other)
