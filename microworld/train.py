@@ -1,0 +1,206 @@
+"""Train the sample model's UNet and text encoder: `python3 dev.py run microworld/train.py --minutes 90`.
+
+Resumable: stop it at any time and start it again. bf16 autocast, AdamW, cosine rate, exponential moving average.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import time
+
+import comfy.cli_args
+import comfy.clip_model
+import comfy.ldm.modules.attention as attention
+import comfy.ops
+import numpy as np
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.taesd.taesd import TAESD
+from einops import rearrange
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from . import text
+from .captions import caption
+from .data import WORK, pictures
+
+BATCH, RATE, WARMUP, DECAY = 32, 7e-4, 300, 0.9995
+CAPTIONS = 4
+DROP, INSERT = 0.1, 0.05  # empty prompts for guidance; unknown words that change nothing
+SHORT, FULL_LENGTH_FROM = 32, 0.8  # most of the training pads prompts to 32 tokens, the last fifth to 77
+UNET = {
+    "image_size": 16, "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": [1, 1, 1],
+    "channel_mult": [1, 2, 2], "transformer_depth": [1, 1, 1], "transformer_depth_output": [1] * 6,
+    "transformer_depth_middle": 1, "context_dim": text.CONFIG["hidden_size"], "num_heads": 4, "num_head_channels": -1,
+    "use_spatial_transformer": True, "use_linear_in_transformer": False, "legacy": False, "adm_in_channels": None,
+    "use_temporal_attention": False, "use_temporal_resblock": False,
+}  # fmt: skip
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.inference_mode()
+def encode_pictures(seed: int, count: int) -> dict[str, torch.Tensor]:
+    """Render `count` pictures and keep their latents (n, 4, 16, 16) and caption rows (n, CAPTIONS, 77)."""
+    vae = TAESD()
+    vae.load_state_dict(load_file(WORK / "vae.safetensors"))
+    vae = vae.to(device(), memory_format=torch.channels_last)
+    latents, words = [], []
+    for index, (images, _, scenes, _) in enumerate(pictures(seed, count)):
+        rng = np.random.default_rng([seed, index, 1])
+        words.append(text.rows([caption(rng, scene) for scene in scenes for _ in range(CAPTIONS)]))
+        x = rearrange(torch.from_numpy(images), "b h w c -> b c h w").to(device()).float().div(127.5).sub(1)
+        with torch.autocast(device().type, torch.bfloat16):
+            latents += [vae.encode(part).half().cpu() for part in x.to(memory_format=torch.channels_last).split(50)]
+        print(f"encoded {(index + 1) * len(images)} pictures", flush=True)
+    return {
+        "latents": torch.cat(latents),
+        "rows": rearrange(torch.cat(words), "(n c) t -> n c t", c=CAPTIONS).contiguous(),
+    }
+
+
+class Model(nn.Module):
+    """The host's UNet and text transformer with fresh weights; the text side in its trainable, out-of-place form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        ops = comfy.ops.disable_weight_init
+        attention.optimized_attention = attention.attention_basic  # several times faster backward on CPU
+        self.unet = UNetModel(**UNET, dtype=torch.float32, operations=ops)
+        self.clip = comfy.clip_model.CLIPTextModel(text.CONFIG, torch.float32, None, ops)
+        self.table = nn.Parameter(torch.empty(1 + len(text.word_ids()), text.CONFIG["hidden_size"]))
+        self.initialise(torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        self.clip.text_model.embeddings.token_embedding = nn.Identity()
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                    parameter.fill_(name == "weight")
+                elif name == "bias":
+                    parameter.zero_()
+                else:
+                    parameter.normal_(0, 1 / math.sqrt(parameter[0].numel()), generator=generator)
+        for parameter in (self.table, self.clip.text_model.embeddings.position_embedding.weight):
+            parameter.normal_(0, 0.04, generator=generator)
+        for name, module in self.unet.named_modules():
+            if name.endswith(("out_layers.3", "proj_out")) or name == "out.2":
+                module.weight.zero_()
+        nn.init.eye_(self.clip.text_projection.weight).requires_grad_(False)
+
+    def context(self, rows: torch.Tensor) -> torch.Tensor:
+        """Caption rows (b, t) to encodings (b, t, d)."""
+        model = self.clip.text_model
+        x = self.table[rows] + model.embeddings.position_embedding.weight[: rows.shape[1]]
+        mask = torch.full((rows.shape[1],) * 2, -1e4, device=x.device).triu_(1)
+        for layer in model.encoder.layers:
+            x = x + layer.self_attn(layer.layer_norm1(x), mask, attention.attention_basic)
+            x = x + layer.mlp(layer.layer_norm2(x))
+        return model.final_layer_norm(x)
+
+
+def alphas_cumprod() -> torch.Tensor:
+    """Stable Diffusion's noise schedule."""
+    return torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0).float()
+
+
+def v_loss(model: Model, x: torch.Tensor, rows: torch.Tensor, generator: torch.Generator, alphas: torch.Tensor):
+    """v-prediction loss of clean latents x (b, 4, h, w) under caption rows (b, t)."""
+    t = torch.randint(1000, (len(x),), generator=generator)
+    noise = torch.randn(x.shape, generator=generator).to(x)
+    a = alphas[t].view(-1, 1, 1, 1).to(x)
+    noisy, v = a.sqrt() * x + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
+    with torch.autocast(x.device.type, torch.bfloat16):
+        out = model.unet(noisy.contiguous(memory_format=torch.channels_last), t.to(x), context=model.context(rows))
+    return F.mse_loss(out.float(), v)
+
+
+def batch(data: dict, step: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents (b, 4, h, w) and caption rows (b, length) of a step, with empty prompts and unknown words mixed in."""
+    generator = torch.Generator().manual_seed(step)
+    which = torch.randint(len(data["latents"]), (BATCH,), generator=generator)
+    rows = data["rows"][which, torch.randint(CAPTIONS, (BATCH,), generator=generator)].long()
+    inserted = torch.rand(BATCH, generator=generator) < INSERT
+    place = torch.randint(1, 8, (1,), generator=generator).item()
+    rows[inserted, place + 1 :] = rows[inserted, place:-1]
+    rows[inserted, place] = text.UNKNOWN
+    empty = torch.rand(BATCH, generator=generator) < DROP
+    rows[empty] = text.rows([""]).long()
+    return data["latents"][which].float(), rows[:, :length]
+
+
+def prepare(seed: int, count: int) -> dict[str, torch.Tensor]:
+    path = WORK / "latents.safetensors"
+    if not path.exists():
+        save_file(encode_pictures(seed, count), path)
+    data = load_file(path)
+    statistics = {"dim": (0, 2, 3), "keepdim": True}
+    latents = data["latents"].float()
+    data["mean"], data["std"] = latents.mean(**statistics), latents.std(**statistics)
+    data["latents"] = (latents - data["mean"]) / data["std"]
+    return data
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=90)
+    parser.add_argument("--pictures", type=int, default=40000)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    data, alphas = prepare(2, args.pictures), alphas_cumprod()
+    print(f"latent mean {data['mean'].flatten().tolist()} std {data['std'].flatten().tolist()}", flush=True)
+    model = Model().to(device(), memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    average = {key: value.clone() for key, value in model.state_dict().items()}
+    state_path, elapsed, first = WORK / "state.pt", 0.0, 0
+    if state_path.exists():
+        state = torch.load(state_path, map_location=device(), weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        average, elapsed, first = state["average"], state["elapsed"], state["step"]
+    start, seen = time.monotonic() - elapsed, None
+    for step in itertools.count(first):
+        done = (time.monotonic() - start) / (60 * args.minutes)
+        if done >= 1:
+            break
+        optimiser.param_groups[0]["lr"] = RATE * min(1, (step + 1) / WARMUP) * math.cos(math.pi / 2 * done)
+        x, rows = batch(data, step, text.LENGTH if done > FULL_LENGTH_FROM or step % 16 == 0 else SHORT)
+        generator = torch.Generator().manual_seed(step)
+        value = v_loss(model, x.to(device()), rows.to(device()), generator, alphas)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        decay = min(DECAY, (1 + step) / (10 + step))
+        torch._foreach_lerp_([average[k] for k in average], list(model.state_dict().values()), 1 - decay)
+        seen = value.item() if seen is None else 0.99 * seen + 0.01 * value.item()
+        if step % 100 == 0:
+            rate = (step - first + 1) * BATCH / (time.monotonic() - start - elapsed)
+            print(f"step {step} done {done:.3f} loss {seen:.4f} samples/s {rate:.1f}", flush=True)
+        if step % 500 == 499:
+            keep(model, optimiser, average, step + 1, time.monotonic() - start, data)
+    keep(model, optimiser, average, step, 60 * args.minutes, data)
+
+
+def keep(model: Model, optimiser, average: dict, step: int, elapsed: float, data: dict) -> None:
+    """Write the resumable state and the averaged weights."""
+    state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average}
+    temporary = WORK / "state.tmp"
+    torch.save(state | {"step": step, "elapsed": elapsed}, temporary)
+    temporary.replace(WORK / "state.pt")
+    tensors = average | {"latent_mean": data["mean"], "latent_std": data["std"]}
+    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, WORK / "average.safetensors")
+
+
+if __name__ == "__main__":
+    comfy.cli_args.args.cpu = not torch.cuda.is_available()
+    main()

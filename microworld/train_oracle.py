@@ -1,0 +1,112 @@
+"""Train the oracle on clean renders: `python3 dev.py run microworld/train_oracle.py --minutes 10`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from .data import pictures
+from .oracle import FACTORS, WEIGHTS, Oracle, factors
+from .render import render
+from .scene import BACKGROUNDS, Scene, Thing, named_look, nameless_look, pick, place_alone
+from .shapes import CLASSES
+
+SCENES, PAIRS, RATE, TEMPERATURE = 48, 24, 2e-3, 0.1
+
+
+def _pairs(seed: int, index: int, count: int = 1200) -> np.ndarray:
+    """Two pictures each of `count` things, (count, 2, 128, 128, 3); neighbours are of one class: only looks differ."""
+    rng = np.random.default_rng([seed, index])
+    out = []
+    for i in range(count):
+        kind = CLASSES[(i // PAIRS) % len(CLASSES)]
+        look = nameless_look(rng) if rng.random() < 0.7 else named_look(rng, kind)
+        views = [replace(Thing(kind, look), hat=bool(rng.random() < 0.25)) for _ in range(2)]
+        scenes = [Scene(place_alone(rng, t), pick(rng, BACKGROUNDS), seed=int(rng.integers(2**31))) for t in views]
+        out.append(np.stack([render(scene)[0] for scene in scenes]))
+    return np.stack(out)
+
+
+def examples(seed: int, count: int) -> dict[str, Tensor]:
+    """Pictures (n, 128, 128, 3) uint8, masks (n, 2, 32, 32) and factor labels (n,) by factor name."""
+    images, masks, labels = [], [], {name: [] for name in FACTORS}
+    for picture, mask, scenes, _ in pictures(seed, count):
+        images.append(torch.from_numpy(picture))
+        masks.append(reduce(torch.from_numpy(mask).float() / 255, "n c (h s) (w r) -> n c h w", "mean", s=4, r=4))
+        for scene in scenes:
+            for name, value in factors(scene).items():
+                labels[name].append(FACTORS[name].index(value))
+    return {"images": torch.cat(images), "masks": torch.cat(masks), **{k: torch.tensor(v) for k, v in labels.items()}}
+
+
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """uint8 (b, h, w, 3) to floats (b, 3, h, w) in 0..1, half of them blurred and noisy as decoded latents are."""
+    x = rearrange(images, "b h w c -> b c h w").float() / 255
+    rough = torch.rand(len(x), generator=generator) < 0.5
+    soft = F.avg_pool2d(F.pad(x[rough], (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x[rough] = soft.lerp(x[rough], torch.rand(1, generator=generator).item())
+    x[rough] += 0.04 * torch.randn(x[rough].shape, generator=generator)
+    return x.clamp(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def contrastive(embeddings: Tensor) -> Tensor:
+    """InfoNCE over pairs (2n, d) whose two views are at i and n + i."""
+    n = len(embeddings) // 2
+    scores = (embeddings @ embeddings.T / TEMPERATURE).fill_diagonal_(-1e4)
+    return F.cross_entropy(scores, torch.arange(2 * n).roll(n))
+
+
+def step_loss(oracle: Oracle, data: dict, pairs: Tensor, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    which = torch.randint(len(data["images"]), (SCENES,), generator=generator)
+    start = PAIRS * torch.randint(len(pairs) // PAIRS, (1,), generator=generator).item()
+    views = rearrange(pairs[start : start + PAIRS], "n v h w c -> (v n) h w c")
+    images = augmented(torch.cat([data["images"][which], views]), generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        reading = oracle(images)
+        embeddings = oracle.identity(reading)[SCENES:]
+    heads = sum(F.cross_entropy(reading.logits[name][:SCENES].float(), data[name][which]) for name in FACTORS)
+    masks = F.binary_cross_entropy_with_logits(reading.masks[:SCENES].float(), data["masks"][which])
+    return heads + 2 * masks + contrastive(embeddings.float())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--pictures", type=int, default=24000)
+    parser.add_argument("--pairs", type=int, default=12)
+    args = parser.parse_args()
+    data = examples(3, args.pictures)
+    with ProcessPoolExecutor(2) as pool:
+        pairs = torch.from_numpy(np.concatenate(list(pool.map(_pairs, [4] * args.pairs, range(args.pairs)))))
+    print(f"{len(data['images'])} scenes, {len(pairs)} pairs", flush=True)
+    torch.manual_seed(0)
+    oracle = Oracle().to(memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(oracle.parameters(), RATE, weight_decay=0.02)
+    start, step, seen = time.monotonic(), 0, 0.0
+    while (done := (time.monotonic() - start) / (60 * args.minutes)) < 1:
+        optimiser.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 100) * math.cos(math.pi / 2 * done)
+        value = step_loss(oracle, data, pairs, step)
+        value.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        step, seen = step + 1, 0.98 * seen + 0.02 * value.item()
+        if step % 100 == 0:
+            print(f"oracle step {step} loss {seen / (1 - 0.98**step):.4f} done {done:.2f}", flush=True)
+    WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in oracle.state_dict().items()}
+    save_file({k: v.contiguous() for k, v in weights.items()}, WEIGHTS)
+
+
+if __name__ == "__main__":
+    main()
