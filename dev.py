@@ -2,7 +2,7 @@
 
     python3 dev.py demo                 teach the sample model a word and draw it in new scenes
     python3 dev.py test [pytest args]   lint and test
-    python3 dev.py run SCRIPT [args]    run a script with the host's Python and COMFYUI_PATH
+    python3 dev.py run SCRIPT [args]    run a script of this checkout inside the host, such as a benchmark
 
 The host is, in this order: the ComfyUI that COMFYUI_PATH names (its Python: COMFYUI_PYTHON, or the one beside it);
 the ComfyUI whose custom_nodes/ holds this checkout; one in the user's cache folder, made the first time.
@@ -374,9 +374,10 @@ def test(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run a script with the host's Python."""
+    """Run a script of this checkout with the host's Python, ComfyUI's modules and the pack around it."""
     host = find_host(options.host)
-    return call([host.python, options.script.absolute(), *options.arguments], host_env(host))
+    script = [ROOT / "microworld" / "launch.py", options.script.absolute(), *options.arguments]
+    return call([host.python, *script], host_env(host))
 
 
 def announced(host: Host) -> Host:

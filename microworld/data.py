@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -24,10 +26,19 @@ def _chunk(seed: int, index: int) -> tuple[np.ndarray, np.ndarray, list[Scene], 
     return np.stack(pictures), np.stack(masks), scenes, captions
 
 
-def pictures(seed: int, count: int, workers: int = 2):
+def parallel(function: Callable, *arguments: Iterable, workers: int = 2) -> Iterator:
+    """`map` over processes where the system can fork them, else in this one."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        yield from map(function, *arguments)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(function, *arguments)
+
+
+def pictures(seed: int, count: int) -> Iterator[tuple]:
     """Yield chunks of `count` pictures in all.
 
     A chunk holds pictures (n, 128, 128, 3) and masks (n, 2, 128, 128), both uint8, scenes and captions.
     """
-    with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(_chunk, *zip(*((seed, i) for i in range(-(-count // CHUNK))), strict=True))
+    chunks = -(-count // CHUNK)
+    return parallel(_chunk, [seed] * chunks, range(chunks))

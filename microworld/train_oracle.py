@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from .data import pictures
+from .data import parallel, pictures
 from .oracle import FACTORS, WEIGHTS, Oracle, factors
 from .render import render
 from .scene import BACKGROUNDS, Scene, Thing, named_look, nameless_look, pick, place_alone
@@ -87,8 +86,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12)
     args = parser.parse_args()
     data = examples(3, args.pictures)
-    with ProcessPoolExecutor(2) as pool:
-        pairs = torch.from_numpy(np.concatenate(list(pool.map(_pairs, [4] * args.pairs, range(args.pairs)))))
+    pairs = torch.from_numpy(np.concatenate(list(parallel(_pairs, [4] * args.pairs, range(args.pairs)))))
     print(f"{len(data['images'])} scenes, {len(pairs)} pairs", flush=True)
     torch.manual_seed(0)
     oracle = Oracle().to(memory_format=torch.channels_last)
