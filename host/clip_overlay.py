@@ -20,9 +20,13 @@ class Word(Protocol):
 
 
 class _WordTokenizer:
-    """Mixed into a copy of one encoder's tokenizer; `words` maps placeholders in lower case to words."""
+    """Mixed into a copy of one encoder's tokenizer.
+
+    `words` maps placeholders in lower case to words; `nowhere` is the tokenizer as it was, but without folders.
+    """
 
     words: dict[str, Word]
+    nowhere: SDTokenizer
 
     def tokenize_with_weights(self, text: str, *args, **kwargs):
         return super().tokenize_with_weights(self._spell_out(text), *args, **kwargs)
@@ -38,10 +42,11 @@ class _WordTokenizer:
         return _pattern(self.words).sub(spell, text)
 
     def _try_get_embedding(self, embedding_name: str):
-        name, _, leftover = embedding_name.partition(" ")
+        name = embedding_name.split(" ", 1)[0]
         for word in self.words.values():
             if name == _key(word.placeholder):
-                return word.vectors[self.embedding_key], name, leftover.strip()
+                _, *rest = self.nowhere._try_get_embedding(embedding_name)  # what follows the name; hosts differ
+                return word.vectors[self.embedding_key], *rest
         return super()._try_get_embedding(embedding_name)
 
 
@@ -70,8 +75,10 @@ def _overlay(tokenizer: SDTokenizer, words: list[Word]) -> SDTokenizer:
     overlaid = copy.copy(tokenizer)
     if not isinstance(tokenizer, _WordTokenizer):
         overlaid.__class__ = type(f"Word{type(tokenizer).__name__}", (_WordTokenizer, type(tokenizer)), {})
+        overlaid.embedding_directory = tokenizer.embedding_directory or []
+        overlaid.nowhere = copy.copy(tokenizer)
+        overlaid.nowhere.embedding_directory = []
     overlaid.words = known
-    overlaid.embedding_directory = tokenizer.embedding_directory or []
     return overlaid
 
 

@@ -1,6 +1,5 @@
 """Text in a CLIP: encoding without the host's model loading, embedding rows, and sizes."""
 
-import comfy.model_management
 import torch
 from comfy.sd import CLIP
 from comfy.sd1_clip import SDClipModel, SDTokenizer
@@ -27,8 +26,7 @@ def encode(clip: CLIP, text: str) -> tuple[Tensor, Tensor | None]:
     if clip.layer_idx is not None:
         model.set_clip_options({"layer": clip.layer_idx})
     model.set_clip_options({"execution_device": clip.patcher.load_device})
-    with comfy.model_management.cuda_device_context(clip.patcher.load_device):
-        context, pooled, *_ = model.encode_token_weights(clip.tokenize(text))
+    context, pooled, *_ = model.encode_token_weights(clip.tokenize(text))
     return context, pooled
 
 
