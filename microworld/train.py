@@ -27,7 +27,7 @@ from . import text
 from .captions import caption
 from .data import WORK, pictures
 
-BATCH, RATE, WARMUP, DECAY = 32, 7e-4, 300, 0.9995
+BATCH, RATE, WARMUP, DECAY = 32, 7e-4, 300, 0.999
 CAPTIONS = 4
 DROP, INSERT = 0.1, 0.05  # empty prompts for guidance; unknown words that change nothing
 SHORT, FULL_LENGTH_FROM = 32, 0.8  # most of the training pads prompts to 32 tokens, the last fifth to 77
@@ -70,7 +70,6 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         ops = comfy.ops.disable_weight_init
-        attention.optimized_attention = attention.attention_basic  # several times faster backward on CPU
         self.unet = UNetModel(**UNET, dtype=torch.float32, operations=ops)
         self.clip = comfy.clip_model.CLIPTextModel(text.CONFIG, torch.float32, None, ops)
         self.table = nn.Parameter(torch.empty(1 + len(text.word_ids()), text.CONFIG["hidden_size"]))
@@ -156,6 +155,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    attention.optimized_attention = attention.attention_basic  # several times faster backward on CPU
     data, alphas = prepare(2, args.pictures), alphas_cumprod()
     print(f"latent mean {data['mean'].flatten().tolist()} std {data['std'].flatten().tolist()}", flush=True)
     model = Model().to(device(), memory_format=torch.channels_last)

@@ -36,21 +36,28 @@ def new_taesd() -> TAESD:
 
 
 def crops(images: torch.Tensor, step: int) -> torch.Tensor:
-    """BATCH random crops (b, 3, CROP, CROP) in -1..1 out of uint8 pictures (n, h, w, 3)."""
+    """BATCH random crops (b, 3, CROP, CROP) in -1..1 out of uint8 pictures (n, h, w, 3), half of them recoloured."""
     generator = torch.Generator().manual_seed(step)
     which = torch.randint(len(images), (BATCH,), generator=generator)
     corner = torch.randint(images.shape[1] - CROP + 1, (BATCH, 2), generator=generator)
     cut = torch.stack([images[i, y : y + CROP, x : x + CROP] for i, (y, x) in zip(which, corner, strict=True)])
-    return rearrange(cut, "b h w c -> b c h w").float().div(127.5).sub(1).to(memory_format=torch.channels_last)
+    x = rearrange(cut, "b h w c -> b c h w").float().div(127.5).sub(1)
+    recoloured = torch.randperm(3, generator=generator)
+    x[::2] = x[::2, recoloured] * (0.5 + 0.5 * torch.rand(3, 1, 1, generator=generator))
+    return x.to(memory_format=torch.channels_last)
 
 
 def loss(vae: TAESD, x: torch.Tensor, step: int) -> torch.Tensor:
-    """L1 on pixels and on their differences; the decoder sees slightly noisy latents so that it forgives the UNet."""
+    """L1 on pixels, on their differences and on the mean colour of 8 x 8 patches.
+
+    The decoder sees slightly noisy latents so that it forgives the UNet.
+    """
     z = vae.encode(x)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(step))
     y = vae.decode(z + 0.02 * noise.to(z)).float()
     edges = sum(F.l1_loss(torch.diff(y, dim=d), torch.diff(x, dim=d)) for d in (2, 3))
-    return F.l1_loss(y, x) + edges + 1e-4 * z.float().square().mean()
+    colour = F.l1_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
+    return F.l1_loss(y, x) + edges + 2 * colour + 1e-4 * z.float().square().mean()
 
 
 @torch.no_grad()
