@@ -1,16 +1,13 @@
 """Giving a CLIP the words of a concept."""
 
-from typing import TypeVar
-
 from ..host.clip_overlay import with_words
+from ..host.sockets import CLIP
 from ..host.text import ready, rows, widths
 from .concept import Concept, Word
 from .word import between, spread
 
-Clip = TypeVar("Clip")
 
-
-def apply_words(clip: Clip, concept: Concept, strength: float) -> Clip:
+def apply_words(clip: CLIP, concept: Concept, strength: float) -> CLIP:
     """A clone of `clip` that knows the words of `concept` at `strength`; at 0 `clip` itself.
 
     Below 1 a word lies on the way from its class word to what was learned, above 1 beyond it.
@@ -24,7 +21,7 @@ def apply_words(clip: Clip, concept: Concept, strength: float) -> Clip:
     return with_words(clip, words)
 
 
-def _require_fit(clip: Clip, word: Word, base: str) -> None:
+def _require_fit(clip: CLIP, word: Word, base: str) -> None:
     present = widths(clip)
     for encoder in word.vectors.keys() & present.keys():
         learned = word.vectors[encoder].shape[1]
@@ -38,7 +35,7 @@ def _require_fit(clip: Clip, word: Word, base: str) -> None:
                          f"this CLIP has {', '.join(present) or 'no such text encoder'}.")
 
 
-def _scaled(clip: Clip, word: Word, strength: float) -> Word:
+def _scaled(clip: CLIP, word: Word, strength: float) -> Word:
     starts = rows(ready(clip), word.class_word)
     vectors = {
         encoder: between(spread(starts[encoder], len(v)) if len(starts[encoder]) else v * 0, v, strength)

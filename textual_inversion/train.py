@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -16,6 +17,7 @@ from ..host.folders import unfinished_folder
 from ..host.objective import denoising_loss, timestep_count
 from ..host.pictures import sample_picture, vae_encode
 from ..host.progress import ProgressBar
+from ..host.sockets import CLIP, VAE, ModelPatcher
 from ..host.text import encode, rows
 from ..training import preview
 from ..training.dataset import cache_latents, single_photos, squares, working_side
@@ -69,7 +71,7 @@ class Lesson:
 class WordMethod:
     """The few numbers of a word as leaves on the private copies, and the loss they lower."""
 
-    def __init__(self, unet: Any, clip: Any, recipe: Recipe) -> None:
+    def __init__(self, unet: ModelPatcher, clip: CLIP, recipe: Recipe) -> None:
         self.recipe, self.model = recipe, unet.model
         device = clip.patcher.load_device
         self.leaves = {
@@ -102,8 +104,8 @@ class Watcher:
     """Samples on the way, and the live picture under the node."""
 
     method: WordMethod
-    unet: Any
-    vae: Any
+    unet: ModelPatcher
+    vae: VAE
     shape: tuple[int, ...]
     view: Preview
     samples: list[tuple[str, Image.Image]] = field(default_factory=list)
@@ -135,7 +137,9 @@ class Watcher:
         self.samples.append((label, preview.to_pil(picture)))
 
 
-def learn_word(model: Any, clip: Any, vae: Any, images: Sequence[Tensor], recipe: Recipe, view: Preview) -> Lesson:
+def learn_word(
+    model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tensor], recipe: Recipe, view: Preview
+) -> Lesson:
     """Learns `recipe.placeholder` from IMAGE batches (b h w c); `model`, `clip` and `vae` stay as they are.
 
     Cancelled on the way, it keeps a file of what was learned so far in output/concepts and returns that.
@@ -153,17 +157,20 @@ def learn_word(model: Any, clip: Any, vae: Any, images: Sequence[Tensor], recipe
         try:
             losses = train(method, latents.to(unet.load_device), plan, watcher)
         except Diverged as error:
-            kept = _keep(_concept(method, base, watcher, error.losses, len(photos)), len(error.losses))
+            kept = _keep(_concept(method, base, watcher, error.losses, photos), len(error.losses))
             raise Diverged(f"{error} What was learned before is kept in {kept}.", error.losses) from error
-        concept = _concept(method, base, watcher, losses, len(photos))
-    if len(losses) < recipe.steps:
-        kept = _keep(concept, len(losses))
-        log.info("Training stopped after %d of %d steps; it is kept in %s", len(losses), recipe.steps, kept)
+        if len(losses) < recipe.steps:
+            try:
+                watcher.sample(f"stopped at step {len(losses)}")
+            finally:  # also when Cancel is pressed a second time
+                kept = _keep(_concept(method, base, watcher, losses, photos), len(losses))
+                log.info("Training stopped after %d of %d steps; kept in %s", len(losses), recipe.steps, kept)
+        concept = _concept(method, base, watcher, losses, photos)
     return Lesson(concept, losses, _sheet(photos, watcher, losses))
 
 
-def _concept(method: WordMethod, base: str, watcher: Watcher, losses: list[float], photos: int) -> Concept:
-    recipe = asdict(method.recipe) | {"photos": photos, "steps_done": len(losses), "side": watcher.shape[-1] * 8}
+def _concept(method: WordMethod, base: str, watcher: Watcher, losses: list[float], photos: Tensor) -> Concept:
+    recipe = asdict(method.recipe) | {"photos": len(photos), "side": photos.shape[1], "steps_done": len(losses)}
     return Concept((method.word(),), metadata={
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{base}/textual-inversion",
@@ -174,7 +181,7 @@ def _concept(method: WordMethod, base: str, watcher: Watcher, losses: list[float
     })
 
 
-def _keep(concept: Concept, steps: int) -> Any:
+def _keep(concept: Concept, steps: int) -> Path:
     name = concept.words[0].placeholder.strip("<>")
     return save(concept, unfinished_folder(), f"{name}-step{steps}")
 

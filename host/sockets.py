@@ -1,0 +1,6 @@
+"""What travels over ComfyUI's own sockets, for annotations in the layers above."""
+
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
+
+__all__ = ["CLIP", "VAE", "ModelPatcher"]
