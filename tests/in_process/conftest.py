@@ -6,9 +6,12 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.taesd.taesd
+import hypothesis
 import pytest
 import torch
 
+hypothesis.settings.register_profile("busy machine", deadline=None)
+hypothesis.settings.load_profile("busy machine")
 torch.set_num_threads(1)  # toy sizes: more threads only wait for each other
 
 CPU = torch.device("cpu")
