@@ -375,9 +375,11 @@ def test(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Run a script of this checkout with the host's Python, ComfyUI's modules and the pack around it."""
+    script = options.script.absolute()
+    if not script.is_file() or not script.is_relative_to(ROOT):
+        raise DevError(f"There is no {options.script} in {ROOT}.")
     host = find_host(options.host)
-    script = [ROOT / "microworld" / "launch.py", options.script.absolute(), *options.arguments]
-    return call([host.python, *script], host_env(host))
+    return call([host.python, ROOT / "microworld" / "launch.py", script, *options.arguments], host_env(host))
 
 
 def announced(host: Host) -> Host:

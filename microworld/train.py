@@ -51,15 +51,16 @@ def encode_pictures(seed: int, count: int) -> dict[str, torch.Tensor]:
     vae.load_state_dict(load_file(WORK / "vae.safetensors"))
     vae = vae.to(device(), memory_format=torch.channels_last)
     latents, words = [], []
-    for index, (images, _, scenes, _) in enumerate(pictures(seed, count)):
+    chunks = list(pictures(seed, count))  # drawn before the VAE starts: the two would fight for the processor
+    for index, (images, _, scenes, _) in enumerate(chunks):
         rng = np.random.default_rng([seed, index, 1])
         words.append(text.rows([caption(rng, scene) for scene in scenes for _ in range(CAPTIONS)]))
         x = rearrange(torch.from_numpy(images), "b h w c -> b c h w").to(device()).float().div(127.5).sub(1)
         with torch.autocast(device().type, torch.bfloat16):
             latents += [vae.encode(part).half().cpu() for part in x.to(memory_format=torch.channels_last).split(50)]
-        print(f"encoded {(index + 1) * len(images)} pictures", flush=True)
+        print(f"encoded {index + 1} of {len(chunks)} chunks", flush=True)
     return {
-        "latents": torch.cat(latents),
+        "latents": torch.cat(latents).contiguous(),
         "rows": rearrange(torch.cat(words), "(n c) t -> n c t", c=CAPTIONS).contiguous(),
     }
 

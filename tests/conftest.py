@@ -2,16 +2,52 @@
 
 import importlib.util
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
-_LAUNCH = Path(__file__).resolve().parents[1] / "microworld" / "launch.py"
-_spec = importlib.util.spec_from_file_location("launch", _LAUNCH)
-launch = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(launch)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(name: str):
+    """Import a script of this checkout by its path, as a module of its stem."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
 
 if "COMFYUI_PATH" not in os.environ:
     raise pytest.UsageError("These tests need a ComfyUI: run them with `python3 dev.py test`.")
+launch = script("microworld/launch.py")
 launch.use_host()
 launch.load_pack()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The URL of a real server with this pack, and its base folder; it runs until the last test."""
+    dev = script("dev.py")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    host, folder = dev.Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable)), tmp_path_factory.mktemp("server")
+    with dev.serve(host, folder) as url:
+        yield url, folder
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    """A client of the real server."""
+    from concepts_pack.microworld.client import Client
+
+    return Client(server[0])
+
+
+@pytest.fixture(scope="session")
+def models(server):
+    """The real server's models folder, with the kinds of model the tests put there."""
+    for kind in ("embeddings", "loras"):
+        (server[1] / "models" / kind).mkdir(parents=True, exist_ok=True)
+    return server[1] / "models"

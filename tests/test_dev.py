@@ -184,10 +184,13 @@ def test_test_returns_pytests_code(env, host):
     assert code == pytest.ExitCode.USAGE_ERROR
 
 
-def test_run_hands_over_the_host(env, host, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text("import os, sys; print(os.environ['COMFYUI_PATH'], sys.argv[1:]); sys.exit(7)")
-    assert cli(using(env, host), "run", str(script), "--steps", "3") == (7, f"{host.path} ['--steps', '3']\n")
+def test_run_imports_the_pack_in_the_host(env, host):
+    code, said = cli(using(env, host), "run", "benchmarks/microworld.py", "--prompts", "none")
+    assert code == 2 and "invalid int value: 'none'" in said
+
+
+def test_run_takes_scripts_of_this_checkout(env, host, tmp_path):
+    assert cli(using(env, host), "run", tmp_path / "other.py") == (1, f"There is no {tmp_path}/other.py in {ROOT}.\n")
 
 
 def test_port_taken(env, host, tmp_path):

@@ -1,32 +1,15 @@
 """The pack in a real server over HTTP, as the editor drives it."""
 
-import importlib.util
 import json
-import os
-import signal
-import sys
 import threading
 from pathlib import Path
 
 import pytest
-from concepts_pack.microworld.client import Client, ComfyError, to_prompt
+from concepts_pack.microworld.client import ComfyError, to_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 TRAIN = "ConceptsTrainTextualInversion"
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    """A client of a real server that runs until the last test of this file."""
-    spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
-    dev = sys.modules["dev"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(dev)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    host = dev.Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable))
-    with dev.serve(host, tmp_path_factory.mktemp("server")) as url:
-        yield Client(url)
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """A whole training on toy models: it learns, it repeats itself, it stops well, and it leaves everything else alone."""
 
+import comfy.cli_args
 import comfy.ldm.modules.attention
 import comfy.model_base
 import comfy.model_management
@@ -129,6 +130,16 @@ def test_attention_without_backward_is_named(model, clip, vae, photos, monkeypat
     monkeypatch.setattr(comfy.ldm.modules.attention, "optimized_attention", lambda *a, **k: attention(*a, **k).detach())
     with pytest.raises(NoGradient, match="attention back end that cannot be trained through"):
         learn_word(model, clip, vae, [photos], recipe(), QUICK)
+
+
+def test_sage_attention_is_replaced_while_training(model, clip, vae, photos, monkeypatch):
+    attention = comfy.ldm.modules.attention
+    without_backward = attention.wrap_attn(lambda *a, **k: attention.attention_basic(*a, **k).detach())
+    expected = learn_word(model, clip, vae, [photos], recipe(), QUICK)
+    monkeypatch.setattr(attention, "optimized_attention", without_backward)
+    monkeypatch.setattr(comfy.cli_args.args, "use_sage_attention", True)
+    lesson = learn_word(model, clip, vae, [photos], recipe(), QUICK)
+    torch.testing.assert_close(lesson.losses, expected.losses, rtol=1e-3, atol=1e-4)
 
 
 def test_other_bases_are_named(clip, vae, photos, model):
