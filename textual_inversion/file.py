@@ -111,7 +111,8 @@ def _checked(path: Path, name: str, vectors: Tensor) -> Tensor:
         raise ValueError(f"{path.name} is not an embedding: {name!r} has the shape {tuple(vectors.shape)}.")
     if not vectors.is_floating_point():
         raise ValueError(f"{path.name} is not an embedding: {name!r} holds whole numbers.")
-    vectors = vectors.to(torch.float32)
+    with torch.inference_mode(False):
+        vectors = vectors.to(torch.float32).clone()  # of its own: the file may be replaced, the word trained with
     if not bool(vectors.isfinite().all()):
         raise ValueError(f"{path.name} is damaged: {name!r} holds values that are not finite numbers.")
     return vectors

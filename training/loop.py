@@ -49,7 +49,7 @@ class NoGradient(RuntimeError):
     def __init__(self) -> None:
         super().__init__(
             "No gradient reaches what is to be learned: this ComfyUI runs an attention back end that cannot be "
-            "trained through; start it without --use-sage-attention and --use-flash-attention."
+            "trained through; start it with --use-pytorch-cross-attention."
         )
 
 
