@@ -11,8 +11,7 @@ from torch import Tensor, equal
 
 
 class Word(Protocol):
-    """What the overlay needs to know of a learned word: `vectors` maps an encoder's name (`clip_l`) to a tensor (n "
-    "d)."""
+    """What the overlay needs of a learned word; `vectors` maps an encoder's name (`clip_l`) to a tensor (n d)."""
 
     placeholder: str
     class_word: str
@@ -22,11 +21,11 @@ class Word(Protocol):
 class _WordTokenizer:
     """Mixed into a copy of one encoder's tokenizer.
 
-    `words` maps placeholders in lower case to words; `nowhere` is the tokenizer as it was, but without folders.
+    `learned_words` maps placeholders in lower case to words; `without_folders` is the original, finding no files.
     """
 
-    words: dict[str, Word]
-    nowhere: SDTokenizer
+    learned_words: dict[str, Word]
+    without_folders: SDTokenizer
 
     def tokenize_with_weights(self, text: str, *args, **kwargs):
         return super().tokenize_with_weights(self._spell_out(text), *args, **kwargs)
@@ -35,17 +34,17 @@ class _WordTokenizer:
         """Turns `<mine>` into ` embedding:…`, or into its class word for an encoder that learned nothing of it."""
 
         def spell(match: re.Match) -> str:
-            word = self.words[match[0].lower()]
+            word = self.learned_words[match[0].lower()]
             known = self.embedding_key in word.vectors
             return f" {self.embedding_identifier}{_key(word.placeholder)} " if known else word.class_word
 
-        return _pattern(self.words).sub(spell, text)
+        return _pattern(self.learned_words).sub(spell, text)
 
     def _try_get_embedding(self, embedding_name: str):
         name = embedding_name.split(" ", 1)[0]
-        for word in self.words.values():
+        for word in self.learned_words.values():
             if name == _key(word.placeholder):
-                _, *rest = self.nowhere._try_get_embedding(embedding_name)  # what follows the name; hosts differ
+                _, *rest = self.without_folders._try_get_embedding(embedding_name)  # two or three answers, by host
                 return word.vectors[self.embedding_key], *rest
         return super()._try_get_embedding(embedding_name)
 
@@ -68,7 +67,7 @@ def with_words(clip: CLIP, words: Iterable[Word]) -> CLIP:
 
 
 def _overlay(tokenizer: SDTokenizer, words: list[Word]) -> SDTokenizer:
-    known = dict(getattr(tokenizer, "words", {}))
+    known = dict(getattr(tokenizer, "learned_words", {}))
     for word in words:
         _refuse_clash(known.get(word.placeholder.lower()), word)
         known[word.placeholder.lower()] = word
@@ -76,17 +75,17 @@ def _overlay(tokenizer: SDTokenizer, words: list[Word]) -> SDTokenizer:
     if not isinstance(tokenizer, _WordTokenizer):
         overlaid.__class__ = type(f"Word{type(tokenizer).__name__}", (_WordTokenizer, type(tokenizer)), {})
         overlaid.embedding_directory = tokenizer.embedding_directory or []
-        overlaid.nowhere = copy.copy(tokenizer)
-        overlaid.nowhere.embedding_directory = []
-    overlaid.words = known
+        overlaid.without_folders = copy.copy(tokenizer)
+        overlaid.without_folders.embedding_directory = []
+    overlaid.learned_words = known
     return overlaid
 
 
 def _refuse_clash(old: Word | None, new: Word) -> None:
     if old is None or old is new:
         return
-    same = old.vectors.keys() == new.vectors.keys() and all(equal(old.vectors[k], new.vectors[k]) for k in new.vectors)
-    if not same:
+    pairs = [(old.vectors[name].cpu(), new.vectors[name].cpu()) for name in old.vectors.keys() & new.vectors.keys()]
+    if not len(pairs) == len(old.vectors) == len(new.vectors) or not all(equal(a, b) for a, b in pairs):
         raise ValueError(
             f"{new.placeholder} already stands for another learned word in this CLIP; "
             "give one of the two another placeholder where it is loaded or trained."

@@ -58,7 +58,7 @@ def test_original_clip_is_untouched(clip):
     prompt, before = "a <one> b", dict(vars(clip.tokenizer))
     expected = clip.tokenize(prompt)
     with_words(clip, [word("<one>")])
-    assert vars(clip.tokenizer) == before and "words" not in vars(clip.tokenizer.clip_l)
+    assert vars(clip.tokenizer) == before and "learned_words" not in vars(clip.tokenizer.clip_l)
     same_tokens(clip.tokenize(prompt), expected)
 
 
@@ -114,7 +114,7 @@ def test_strength_zero_returns_the_clip_itself(clip):
 
 def test_strength_moves_between_class_word_and_learned_word(clip):
     concept = Concept((word("<one>"),))
-    half = apply_words(clip, concept, 0.5).tokenizer.clip_l.words["<one>"].vectors["clip_l"]
+    half = apply_words(clip, concept, 0.5).tokenizer.clip_l.learned_words["<one>"].vectors["clip_l"]
     expected = (rows(clip, "cat")["clip_l"] + concept.words[0].vectors["clip_l"]) / 2
     assert torch.allclose(half, expected, atol=1e-6)
     same_tokens(apply_words(clip, concept, 1).tokenize("<one>"), with_words(clip, concept.words).tokenize("<one>"))
