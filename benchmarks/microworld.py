@@ -21,7 +21,7 @@ from .sampling import draw, load_checkpoint
 
 HERE = Path(__file__).parent
 VALIDATION, TEST = 1_000_000, 2_000_000
-SCALES = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+SCALES = (2.0, 3.0, 4.5, 6.0)
 KINDS = {"single object": single_object, "two objects": two_objects}
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     small = images[: args.renders // 4]
     result["accuracy after the VAE"] = accuracy(oracle, reconstruct(base[2], small), truth[: len(small)])
     choice = {
-        cfg: float(np.mean([txt(base, oracle, kind, VALIDATION, 48, cfg=cfg)[0].mean() for kind in KINDS]))
+        cfg: float(np.mean([txt(base, oracle, kind, VALIDATION, 32, cfg=cfg)[0].mean() for kind in KINDS]))
         for cfg in SCALES
     }
     best = max(choice, key=choice.get)

@@ -12,10 +12,21 @@ import numpy as np
 from .captions import caption
 from .concepts import NAMES
 from .render import render
-from .scene import Scene, random_scene
+from .scene import (
+    BACKGROUNDS,
+    Scene,
+    Thing,
+    named_look,
+    nameless_look,
+    pick,
+    place_alone,
+    random_scene,
+)
+from .shapes import CLASSES
 
 WORK = Path(__file__).parent / "work"
 CHUNK = 2000
+PAIRS = 24  # neighbouring pairs that are of one class
 
 
 def _chunk(seed: int, index: int) -> tuple[np.ndarray, np.ndarray, list[Scene], list[str]]:
@@ -42,3 +53,24 @@ def pictures(seed: int, count: int) -> Iterator[tuple]:
     """
     chunks = -(-count // CHUNK)
     return parallel(_chunk, [seed] * chunks, range(chunks))
+
+
+def _pairs(seed: int, index: int) -> np.ndarray:
+    rng = np.random.default_rng([seed, index])
+    return np.stack([_two_views(rng, CLASSES[index % len(CLASSES)]) for _ in range(PAIRS)])
+
+
+def _two_views(rng: np.random.Generator, kind: str) -> np.ndarray:
+    look = nameless_look(rng) if rng.random() < 0.7 else named_look(rng, kind)
+    things = [place_alone(rng, Thing(kind, look, hat=bool(rng.random() < 0.25))) for _ in range(2)]
+    scenes = [Scene(thing, pick(rng, BACKGROUNDS), seed=int(rng.integers(2**31))) for thing in things]
+    return np.stack([render(scene)[0] for scene in scenes])
+
+
+def look_pairs(seed: int, count: int) -> Iterator[np.ndarray]:
+    """Yield chunks of PAIRS pairs (PAIRS, 2, 128, 128, 3) uint8, `count` pairs in all.
+
+    A pair shows one thing twice; within a chunk all things are of one class, so that only their looks differ.
+    """
+    chunks = -(-count // PAIRS)
+    return parallel(_pairs, [seed] * chunks, range(chunks))

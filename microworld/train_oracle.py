@@ -5,35 +5,17 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from dataclasses import replace
 
-import numpy as np
 import torch
 from einops import rearrange, reduce
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from .data import parallel, pictures
+from .data import PAIRS, look_pairs, pictures
 from .oracle import FACTORS, WEIGHTS, Oracle, factors
-from .render import render
-from .scene import BACKGROUNDS, Scene, Thing, named_look, nameless_look, pick, place_alone
-from .shapes import CLASSES
 
-SCENES, PAIRS, RATE, TEMPERATURE = 48, 24, 2e-3, 0.1
-
-
-def _pairs(seed: int, index: int, count: int = 1200) -> np.ndarray:
-    """Two pictures each of `count` things, (count, 2, 128, 128, 3); neighbours are of one class: only looks differ."""
-    rng = np.random.default_rng([seed, index])
-    out = []
-    for i in range(count):
-        kind = CLASSES[(i // PAIRS) % len(CLASSES)]
-        look = nameless_look(rng) if rng.random() < 0.7 else named_look(rng, kind)
-        views = [replace(Thing(kind, look), hat=bool(rng.random() < 0.25)) for _ in range(2)]
-        scenes = [Scene(place_alone(rng, t), pick(rng, BACKGROUNDS), seed=int(rng.integers(2**31))) for t in views]
-        out.append(np.stack([render(scene)[0] for scene in scenes]))
-    return np.stack(out)
+SCENES, RATE, TEMPERATURE = 48, 2e-3, 0.1
 
 
 def examples(seed: int, count: int) -> dict[str, Tensor]:
@@ -82,11 +64,11 @@ def step_loss(oracle: Oracle, data: dict, pairs: Tensor, step: int) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--pictures", type=int, default=24000)
-    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--pictures", type=int, default=12000)
+    parser.add_argument("--pairs", type=int, default=300, help="groups of pairs of one class")
     args = parser.parse_args()
     data = examples(3, args.pictures)
-    pairs = torch.from_numpy(np.concatenate(list(parallel(_pairs, [4] * args.pairs, range(args.pairs)))))
+    pairs = torch.cat([torch.from_numpy(chunk) for chunk in look_pairs(4, args.pairs * PAIRS)])
     print(f"{len(data['images'])} scenes, {len(pairs)} pairs", flush=True)
     torch.manual_seed(0)
     oracle = Oracle().to(memory_format=torch.channels_last)
