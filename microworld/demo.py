@@ -18,14 +18,14 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 WORKFLOW = Path(__file__).parents[1] / "example_workflows" / "textual_inversion.json"
 PHOTOS, TRAIN = "ConceptsMicroworldPhotos", "ConceptsTrainTextualInversion"
 SCENES = (
-    "a {} on the beach",
     "a {} in the snow",
-    "a {} at night",
-    "a {} in front of a brick wall",
     "a {} in the desert",
-    "a {} wearing a hat in the grass",
-    "a {} left of a red house in the snow",
-    "a {} left of a blue star on the beach",
+    "a {} in front of a brick wall",
+    "a {} in the grass",
+    "a {} wearing a hat in the snow",
+    "a {} on a blue car in the grass",
+    "a {} left of a red house in the desert",
+    "a {} left of a yellow tree in the snow",
 )
 PER_SCENE = 2
 

@@ -1,6 +1,9 @@
 """The pack in a real server over HTTP, as the editor drives it."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -105,3 +108,14 @@ def test_cancel_during_sampling_leaves_the_server_usable(client, info):
     with pytest.raises(ComfyError, match="Cancelled"):
         client.run(prompt, lambda _, __, maximum: maximum == 10_000 and started.set())
     assert still_works(client)
+
+
+def test_demo_leaves_its_pictures(tmp_path):
+    """The README's command from its start to its end, with a training of two steps."""
+    command = [sys.executable, ROOT / "dev.py", "demo", "--steps", "2", "--out", tmp_path]
+    env = {**os.environ, "COMFYUI_PYTHON": sys.executable}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith(f"Contact sheet: {tmp_path / 'contact_sheet.png'}\nAll pictures:  {tmp_path}\n")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"contact_sheet.png", "training-1.png", "photo-4.png", "scene-8-learned-word-2.png", "server.log"}
