@@ -153,9 +153,10 @@ def learn_word(
         method = WordMethod(unet, text, recipe)
         watcher = Watcher(method, unet, vae, latents.shape[2:], view)
         watcher.sample(f"step 0: {recipe.init_text}")
+        latents = latents.to(unet.load_device).clone()  # made in inference mode until here
         plan = Plan(recipe.steps, recipe.batch_size, recipe.seed, timestep_count(unet.model))
         try:
-            losses = train(method, latents.to(unet.load_device), plan, watcher)
+            losses = train(method, latents, plan, watcher)
         except Diverged as error:
             kept = _keep(_concept(method, base, watcher, error.losses, photos), len(error.losses))
             raise Diverged(f"{error} What was learned before is kept in {kept}.", error.losses) from error
