@@ -431,12 +431,18 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
+def leave(*_) -> None:
+    """Exit in good order at the first SIGTERM; a second one must not cut the cleaning up short."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code, with one sentence for what the user can mend."""
     if sys.version_info < (3, 10):
         say(f"Python 3.10 or newer is needed; this is {platform.python_version()}.")
         return 1
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, leave)
     options = parse(arguments)
     try:
         return options.command(options)

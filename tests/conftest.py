@@ -26,11 +26,17 @@ launch.use_host()
 launch.load_pack()
 
 
+def interrupt(*_):
+    """Let SIGTERM end the tests as Ctrl-C does, once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """The URL of a real server with this pack, and its base folder; it runs until the last test."""
     dev = script("dev.py")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, interrupt)
     host, folder = dev.Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable)), tmp_path_factory.mktemp("server")
     with dev.serve(host, folder) as url:
         yield url, folder
