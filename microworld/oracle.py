@@ -73,7 +73,7 @@ class Oracle(nn.Module):
         self.trunk = nn.Sequential(nn.Linear(40 * 8 * 8, 256), nn.ReLU(), nn.Dropout(0.1))
         self.heads = nn.ModuleDict({name.replace(" ", "_"): nn.Linear(256, len(v)) for name, v in FACTORS.items()})
         self.mask = nn.Conv2d(96 + 48, 2, 3, padding=1)
-        self.identity_features = nn.Sequential(_block(48, 96), _block(96, 96))
+        self.identity_features = nn.Sequential(_block(96, 96), _block(96, 96))
         self.identity_head = nn.Sequential(nn.Linear(2 * 96, 128), nn.ReLU(), nn.Linear(128, 48))
 
     def forward(self, images: Tensor) -> Reading:
@@ -83,11 +83,12 @@ class Oracle(nn.Module):
         trunk = self.trunk(self.top(middle).flatten(1))
         logits = {name: self.heads[name.replace(" ", "_")](trunk) for name in FACTORS}
         wide = torch.cat([low, F.interpolate(middle, scale_factor=2.0)], 1)
-        return Reading(logits, self.mask(wide), self.identity_features(low))
+        return Reading(logits, self.mask(wide), self.identity_features(middle))
 
     def identity(self, reading: Reading, mask: Tensor | None = None) -> Tensor:
-        """Unit identity embeddings (b, 48) of the first thing, pooled under its mask (b, 32, 32) in 0..1."""
+        """Unit identity embeddings (b, 48) of the first thing, pooled under its mask (b, h, w) in 0..1."""
         mask = reading.masks[:, 0].sigmoid().detach() if mask is None else mask
+        mask = F.interpolate(mask[:, None], reading.features.shape[-2:], mode="area")[:, 0]
         weight = mask / mask.sum((1, 2), keepdim=True).clamp_min(1e-3)
         mean = einsum(reading.features, weight, "b c h w, b h w -> b c")
         peak = (reading.features * mask[:, None]).amax((2, 3))
@@ -113,8 +114,7 @@ def satisfied(oracle: Oracle, images: Tensor, wanted: list[dict[str, str]]) -> T
 @torch.inference_mode()
 def embed(oracle: Oracle, images: Tensor, masks: Tensor | None = None) -> Tensor:
     """Identity embeddings (b, 48) of pictures (b, h, w, 3); masks (b, h, w) say where the subject is, if known."""
-    small = None if masks is None else F.interpolate(masks[:, None], (32, 32), mode="area")[:, 0]
-    return oracle.identity(oracle(_prepare(images)), small)
+    return oracle.identity(oracle(_prepare(images)), masks)
 
 
 def similarity(oracle: Oracle, images: Tensor, real: Tensor) -> Tensor:

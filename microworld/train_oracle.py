@@ -8,11 +8,11 @@ import time
 
 import torch
 from einops import rearrange, reduce
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from .data import PAIRS, look_pairs, pictures
+from .data import PAIRS, WORK, look_pairs, pictures
 from .oracle import FACTORS, WEIGHTS, Oracle, factors
 
 SCENES, RATE, TEMPERATURE = 48, 2e-3, 0.1
@@ -47,9 +47,10 @@ def contrastive(embeddings: Tensor) -> Tensor:
     return F.cross_entropy(scores, torch.arange(2 * n).roll(n))
 
 
-def step_loss(oracle: Oracle, data: dict, pairs: Tensor, step: int) -> Tensor:
+def step_loss(oracle: Oracle, data: dict, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     which = torch.randint(len(data["images"]), (SCENES,), generator=generator)
+    pairs = data["pairs"]
     start = PAIRS * torch.randint(len(pairs) // PAIRS, (1,), generator=generator).item()
     views = rearrange(pairs[start : start + PAIRS], "n v h w c -> (v n) h w c")
     images = augmented(torch.cat([data["images"][which], views]), generator)
@@ -67,16 +68,19 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=12000)
     parser.add_argument("--pairs", type=int, default=300, help="groups of pairs of one class")
     args = parser.parse_args()
-    data = examples(3, args.pictures)
-    pairs = torch.cat([torch.from_numpy(chunk) for chunk in look_pairs(4, args.pairs * PAIRS)])
-    print(f"{len(data['images'])} scenes, {len(pairs)} pairs", flush=True)
+    path = WORK / "oracle_examples.safetensors"
+    if not path.exists():
+        pairs = torch.cat([torch.from_numpy(chunk) for chunk in look_pairs(4, args.pairs * PAIRS)])
+        save_file(examples(3, args.pictures) | {"pairs": pairs}, path)
+    data = load_file(path)
+    print(f"{len(data['images'])} scenes, {len(data['pairs'])} pairs", flush=True)
     torch.manual_seed(0)
     oracle = Oracle().to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(oracle.parameters(), RATE, weight_decay=0.02)
     start, step, seen = time.monotonic(), 0, 0.0
     while (done := (time.monotonic() - start) / (60 * args.minutes)) < 1:
         optimiser.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 100) * math.cos(math.pi / 2 * done)
-        value = step_loss(oracle, data, pairs, step)
+        value = step_loss(oracle, data, step)
         value.backward()
         optimiser.step()
         optimiser.zero_grad()
