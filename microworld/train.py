@@ -1,7 +1,8 @@
 """Train the sample model's UNet and text encoder: `python3 dev.py run microworld/train.py --minutes 90`.
 
-Resumable: stop it at any time and start it again. It computes in bf16 on copies of fp32 weights, with AdamW, a cosine
-rate and an exponential moving average. `--compile` (needs a C++ compiler on the CPU) doubles its speed.
+Resumable: stop it at any time and start it again. It computes in bf16 on copies of fp32 weights, with Muon for matrices
+and AdamW for the rest, a cosine rate and an exponential moving average. `--compile` (needs a C++ compiler on the CPU)
+doubles its speed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 from . import text
 from .captions import caption
 from .data import WORK, pictures
+from .muon import Muon
 
 BATCH, RATE, WARMUP, DECAY = 32, 7e-4, 300, 0.999
 CAPTIONS = 4
@@ -165,13 +167,28 @@ def low_precision(master: Model) -> Model:
     return model
 
 
-def take_step(master: Model, model: Model, optimiser: torch.optim.Optimizer) -> None:
+def matrices(model: Model) -> list[nn.Parameter]:
+    """What Muon trains: every matrix and convolution between the first and the last, but no table of embeddings."""
+    ends = ("table", "position_embedding", "input_blocks.0.", "unet.out.", "text_projection")
+    return [p for name, p in model.named_parameters() if p.ndim > 1 and not any(end in name for end in ends)]
+
+
+def optimisers(model: Model) -> tuple[Muon, torch.optim.AdamW]:
+    hidden = matrices(model)
+    chosen = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return Muon(hidden), torch.optim.AdamW(rest, RATE, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def take_step(master: Model, model: Model, muon: Muon, adam: torch.optim.AdamW, rate: float) -> None:
     """Move the fp32 weights along the bf16 gradients and round them back."""
     for weight, copied in zip(master.parameters(), model.parameters(), strict=True):
         weight.grad = None if copied.grad is None else copied.grad.float()
         copied.grad = None
     nn.utils.clip_grad_norm_(master.parameters(), 1.0)
-    optimiser.step()
+    adam.param_groups[0]["lr"] = rate
+    adam.step()
+    muon.step(rate)
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), list(master.parameters()))
 
@@ -182,13 +199,14 @@ def main() -> None:
     data, alphas = prepare(2, args.pictures), alphas_cumprod()
     print(f"latent mean {data['mean'].flatten().tolist()} std {data['std'].flatten().tolist()}", flush=True)
     master = Model().to(device(), memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(master.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    muon, adam = optimisers(master)
     average = {key: value.clone() for key, value in master.state_dict().items()}
     state_path, elapsed, first = WORK / "state.pt", 0.0, 0
     if state_path.exists():
         state = torch.load(state_path, map_location=device(), weights_only=True)
         master.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        adam.load_state_dict(state["adam"])
+        muon.momenta = state["muon"]
         average, elapsed, first = state["average"], state["elapsed"], state["step"]
     model = low_precision(master)
     unets = {text.LENGTH: model.unet, SHORT: torch.compile(model.unet.forward) if args.compile else model.unet}
@@ -197,26 +215,26 @@ def main() -> None:
         done = (time.monotonic() - start) / (60 * args.minutes)
         if done >= 1:
             break
-        optimiser.param_groups[0]["lr"] = RATE * min(1, (step + 1) / WARMUP) * math.cos(math.pi / 2 * done)
+        rate = RATE * min(1, (step + 1) / WARMUP) * math.cos(math.pi / 2 * done)
         length = text.LENGTH if done > FULL_LENGTH_FROM or step % 32 == 31 else SHORT
         x, rows = batch(data, step, length)
         value = v_loss(unets[length], model, x.to(device()), rows.to(device()), step, alphas)
         value.backward()
-        take_step(master, model, optimiser)
+        take_step(master, model, muon, adam, rate)
         decay = min(DECAY, (1 + step) / (10 + step))
         torch._foreach_lerp_([average[k] for k in average], list(master.state_dict().values()), 1 - decay)
         seen = value.item() if seen is None else 0.99 * seen + 0.01 * value.item()
         if step % 100 == 0:
-            rate = (step - first + 1) * BATCH / (time.monotonic() - start - elapsed)
-            print(f"step {step} done {done:.3f} loss {seen:.4f} samples/s {rate:.1f}", flush=True)
+            speed = (step - first + 1) * BATCH / (time.monotonic() - start - elapsed)
+            print(f"step {step} done {done:.3f} loss {seen:.4f} samples/s {speed:.1f}", flush=True)
         if step % 500 == 499:
-            keep(master, optimiser, average, step + 1, time.monotonic() - start, data)
-    keep(master, optimiser, average, step, 60 * args.minutes, data)
+            keep(master, muon, adam, average, step + 1, time.monotonic() - start, data)
+    keep(master, muon, adam, average, step, 60 * args.minutes, data)
 
 
-def keep(model: Model, optimiser, average: dict, step: int, elapsed: float, data: dict) -> None:
+def keep(model: Model, muon: Muon, adam, average: dict, step: int, elapsed: float, data: dict) -> None:
     """Write the resumable state and the averaged weights."""
-    state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average}
+    state = {"model": model.state_dict(), "muon": muon.momenta, "adam": adam.state_dict(), "average": average}
     temporary = WORK / "state.tmp"
     torch.save(state | {"step": step, "elapsed": elapsed}, temporary)
     temporary.replace(WORK / "state.pt")

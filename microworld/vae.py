@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from .data import WORK, pictures
+from .muon import Muon
 
-CROP, BATCH, RATE, MUON_RATE, MOMENTUM = 64, 16, 1e-3, 0.03, 0.9
+CROP, BATCH, RATE = 64, 16, 1e-3
 
 
 def new_taesd() -> TAESD:
@@ -60,32 +61,6 @@ def loss(vae: TAESD, x: torch.Tensor, step: int) -> torch.Tensor:
     return F.l1_loss(y, x) + edges + 2 * colour + 1e-4 * z.float().square().mean()
 
 
-@torch.no_grad()
-def orthogonal(gradient: torch.Tensor) -> torch.Tensor:
-    """The nearest semi-orthogonal matrix to a convolution's gradient, by Newton-Schulz (Muon, Jordan 2024)."""
-    x = gradient.flatten(1).bfloat16()
-    x = x / (x.norm() + 1e-7)
-    for _ in range(4):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return x.float().view_as(gradient)
-
-
-class Muon:
-    """Momentum with orthogonalised steps: a bottleneck trained with it uses all of its channels from the start."""
-
-    def __init__(self, parameters: list[torch.Tensor]) -> None:
-        self.parameters, self.momenta = parameters, [torch.zeros_like(p) for p in parameters]
-
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        for parameter, momentum in zip(self.parameters, self.momenta, strict=True):
-            momentum.lerp_(parameter.grad, 1 - MOMENTUM)
-            nesterov = momentum.lerp(parameter.grad, 1 - MOMENTUM)
-            parameter.sub_(orthogonal(nesterov), alpha=0.2 * rate)
-            parameter.grad = None
-
-
 def save(vae: TAESD, target: Path) -> None:
     save_file({key: value.contiguous() for key, value in vae.state_dict().items()}, target)
 
@@ -111,7 +86,7 @@ def main() -> None:
         adam.param_groups[0]["lr"] = RATE * decay
         adam.step()
         adam.zero_grad()
-        muon.step(MUON_RATE * decay)
+        muon.step(RATE * decay)
         step, seen = step + 1, 0.98 * seen + 0.02 * value.item()
         if step % 100 == 0:
             print(f"vae step {step} loss {seen / (1 - 0.98**step):.4f} done {done:.2f}", flush=True)
