@@ -35,7 +35,7 @@ from .muon import Muon
 BATCH, RATE, WARMUP, DECAY = 32, 7e-4, 300, 0.999
 CAPTIONS = 4
 DROP, INSERT = 0.1, 0.05  # empty prompts for guidance; unknown words that change nothing
-SHORT, FULL_LENGTH_FROM = 32, 0.88  # most of the training pads prompts to 32 tokens, the last part to all 77
+SHORT, FULL_LENGTH_FROM = 32, 0.93  # most of the training pads prompts to 32 tokens, the last part to all 77
 UNET = {
     "image_size": 16, "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": [1, 1, 1],
     "channel_mult": [1, 2, 2], "transformer_depth": [1, 1, 1], "transformer_depth_output": [1] * 6,
@@ -199,6 +199,8 @@ def main() -> None:
     data, alphas = prepare(2, args.pictures), alphas_cumprod()
     print(f"latent mean {data['mean'].flatten().tolist()} std {data['std'].flatten().tolist()}", flush=True)
     master = Model().to(device(), memory_format=torch.channels_last)
+    if (WORK / "text.safetensors").exists():
+        master.load_state_dict(load_file(WORK / "text.safetensors"), strict=False)
     muon, adam = optimisers(master)
     average = {key: value.clone() for key, value in master.state_dict().items()}
     state_path, elapsed, first = WORK / "state.pt", 0.0, 0
