@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from safetensors.torch import load_file, save_file
 
-from .data import WORK
+from .data import work
 from .host import CHECKPOINT
 
 PREFIXES = {"unet.": "model.diffusion_model.", "clip.": "cond_stage_model.transformer."}
 
 
 def main() -> None:
-    trained, vae = load_file(WORK / "average.safetensors"), load_file(WORK / "vae.safetensors")
+    trained, vae = load_file(work("average.safetensors")), load_file(work("vae.safetensors"))
     for name in ("latent_mean", "latent_std"):
         print(name, [round(value, 4) for value in trained.pop(name).flatten().tolist()])
     sd = {"cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": trained.pop("table")}

@@ -1,8 +1,9 @@
-"""Rendered pictures with their scenes and captions, made in parallel and kept as arrays in a work folder."""
+"""Rendered pictures with their scenes and captions, made in parallel."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -24,9 +25,16 @@ from .scene import (
 )
 from .shapes import CLASSES
 
-WORK = Path(__file__).parent / "work"
 CHUNK = 2000
 PAIRS = 24  # neighbouring pairs that are of one class
+
+
+def work(name: str) -> Path:
+    """Where training keeps a result on the way to the weights: the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "comfyui-concepts" / "microworld"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
 
 
 def _chunk(seed: int, index: int) -> tuple[np.ndarray, np.ndarray, list[Scene], list[str]]:

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable
 
-import comfy.cli_args
 import comfy.clip_model
 import comfy.ldm.modules.attention as attention
 import comfy.ops
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 
 from . import text
 from .captions import caption
-from .data import WORK, pictures
+from .data import pictures, work
 from .muon import Muon
 
 BATCH, RATE, WARMUP, DECAY = 32, 7e-4, 300, 0.999
@@ -53,7 +52,7 @@ def device() -> torch.device:
 def encode_pictures(seed: int, count: int) -> dict[str, torch.Tensor]:
     """Render `count` pictures and keep their latents (n, 4, 16, 16) and caption rows (n, CAPTIONS, 77)."""
     vae = TAESD()
-    vae.load_state_dict(load_file(WORK / "vae.safetensors"))
+    vae.load_state_dict(load_file(work("vae.safetensors")))
     vae = vae.to(device(), memory_format=torch.channels_last)
     latents, words = [], []
     chunks = list(pictures(seed, count))  # drawn before the VAE starts: the two would fight for the processor
@@ -141,7 +140,7 @@ def batch(data: dict, step: int, length: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def prepare(seed: int, count: int) -> dict[str, torch.Tensor]:
-    path = WORK / "latents.safetensors"
+    path = work("latents.safetensors")
     if not path.exists():
         save_file(encode_pictures(seed, count), path)
     data = load_file(path)
@@ -199,11 +198,11 @@ def main() -> None:
     data, alphas = prepare(2, args.pictures), alphas_cumprod()
     print(f"latent mean {data['mean'].flatten().tolist()} std {data['std'].flatten().tolist()}", flush=True)
     master = Model().to(device(), memory_format=torch.channels_last)
-    if (WORK / "text.safetensors").exists():
-        master.load_state_dict(load_file(WORK / "text.safetensors"), strict=False)
+    if work("text.safetensors").exists():
+        master.load_state_dict(load_file(work("text.safetensors")), strict=False)
     muon, adam = optimisers(master)
     average = {key: value.clone() for key, value in master.state_dict().items()}
-    state_path, elapsed, first = WORK / "state.pt", 0.0, 0
+    state_path, elapsed, first = work("state.pt"), 0.0, 0
     if state_path.exists():
         state = torch.load(state_path, map_location=device(), weights_only=True)
         master.load_state_dict(state["model"])
@@ -237,13 +236,12 @@ def main() -> None:
 def keep(model: Model, muon: Muon, adam, average: dict, step: int, elapsed: float, data: dict) -> None:
     """Write the resumable state and the averaged weights."""
     state = {"model": model.state_dict(), "muon": muon.momenta, "adam": adam.state_dict(), "average": average}
-    temporary = WORK / "state.tmp"
+    temporary = work("state.tmp")
     torch.save(state | {"step": step, "elapsed": elapsed}, temporary)
-    temporary.replace(WORK / "state.pt")
+    temporary.replace(work("state.pt"))
     tensors = average | {"latent_mean": data["mean"], "latent_std": data["std"]}
-    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, WORK / "average.safetensors")
+    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, work("average.safetensors"))
 
 
 if __name__ == "__main__":
-    comfy.cli_args.args.cpu = not torch.cuda.is_available()
     main()

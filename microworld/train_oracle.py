@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from .data import PAIRS, WORK, look_pairs, pictures
+from .data import PAIRS, look_pairs, pictures, work
 from .oracle import FACTORS, WEIGHTS, Oracle, factors
 
 SCENES, RATE, TEMPERATURE = 48, 2e-3, 0.1
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=12000)
     parser.add_argument("--pairs", type=int, default=300, help="groups of pairs of one class")
     args = parser.parse_args()
-    path = WORK / "oracle_examples.safetensors"
+    path = work("oracle_examples.safetensors")
     if not path.exists():
         pairs = torch.cat([torch.from_numpy(chunk) for chunk in look_pairs(4, args.pairs * PAIRS)])
         save_file(examples(3, args.pictures) | {"pairs": pairs}, path)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from . import text
 from .captions import caption
 from .concepts import NAMES
-from .data import WORK
+from .data import work
 from .muon import Muon
 from .oracle import FACTORS, factors
 from .scene import BADGES, SPLITS, Scene, random_scene
@@ -91,7 +91,7 @@ def main() -> None:
         if step % 100 == 0:
             print(f"text step {step} loss {seen / (1 - 0.98**step):.4f} done {done:.2f}", flush=True)
     state = {f"clip.{key}": value for key, value in model.clip.state_dict().items()} | {"table": model.table.data}
-    save_file({key: value.contiguous() for key, value in state.items()}, WORK / "text.safetensors")
+    save_file({key: value.contiguous() for key, value in state.items()}, work("text.safetensors"))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ import math
 import time
 from pathlib import Path
 
-import comfy.cli_args
 import torch
 from comfy.taesd.taesd import TAESD
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from .data import WORK, pictures
+from .data import pictures, work
 from .muon import Muon
 
 CROP, BATCH, RATE = 64, 16, 1e-3
@@ -71,7 +70,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=6000)
     args = parser.parse_args()
     images = torch.cat([torch.from_numpy(chunk[0]) for chunk in pictures(1, args.pictures)])
-    vae, target = new_taesd(), WORK / "vae.safetensors"
+    vae, target = new_taesd(), work("vae.safetensors")
     if target.exists():
         vae.load_state_dict(load_file(target))
     trained = [p for p in vae.parameters() if p.requires_grad]
@@ -95,6 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    comfy.cli_args.args.cpu = not torch.cuda.is_available()
-    WORK.mkdir(exist_ok=True)
     main()
