@@ -82,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--renders", type=int, default=4000)
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--tuning", type=int, default=48, help="validation prompts of each kind")
     args = parser.parse_args()
     oracle, base = load(), load_checkpoint()
     images, truth = held_out(99, args.renders)
@@ -89,7 +90,7 @@ def main() -> None:
     small = images[: args.renders // 4]
     result["accuracy after the VAE"] = accuracy(oracle, reconstruct(base[2], small), truth[: len(small)])
     choice = {
-        cfg: float(np.mean([txt(base, oracle, kind, VALIDATION, 32, cfg=cfg)[0].mean() for kind in KINDS]))
+        cfg: float(np.mean([txt(base, oracle, kind, VALIDATION, args.tuning, cfg=cfg)[0].mean() for kind in KINDS]))
         for cfg in SCALES
     }
     best = max(choice, key=choice.get)
