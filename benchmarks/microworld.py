@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from ..microworld.data import pictures
-from ..microworld.oracle import FACTORS, factors, load, satisfied
+from ..microworld.oracle import FACTORS, factors, load, read, satisfied
 from ..microworld.prompts import single_object, two_objects
 from .sampling import draw, load_checkpoint
 
@@ -34,11 +34,12 @@ def held_out(seed: int, count: int) -> tuple[torch.Tensor, list[dict[str, str]]]
 
 def accuracy(oracle, images: torch.Tensor, truth: list[dict[str, str]]) -> dict[str, float]:
     """Share of pictures whose factor the oracle reads right, by factor."""
-    parts = list(zip(images.split(250), (truth[i : i + 250] for i in range(0, len(truth), 250)), strict=True))
-    return {
-        name: float(np.mean([satisfied(oracle, x, [{name: t[name]} for t in part]).mean() for x, part in parts]))
-        for name in FACTORS
-    }
+    right = {name: [] for name in FACTORS}
+    for start in range(0, len(images), 250):
+        for found, true in zip(read(oracle, images[start : start + 250]), truth[start : start + 250], strict=True):
+            for name in FACTORS:
+                right[name].append(found[name] == true[name])
+    return {name: float(np.mean(values)) for name, values in right.items()}
 
 
 def reconstruct(vae, images: torch.Tensor) -> torch.Tensor:

@@ -103,12 +103,17 @@ def load() -> Oracle:
 
 
 @torch.inference_mode()
-def satisfied(oracle: Oracle, images: Tensor, wanted: list[dict[str, str]]) -> Tensor:
-    """TXT: the share of each prompt's factors found in its picture. images (b, h, w, 3) in 0..1 -> (b,)."""
+def read(oracle: Oracle, images: Tensor) -> list[dict[str, str]]:
+    """The likeliest value of every factor of each picture; images (b, h, w, 3) in 0..1."""
     logits = oracle(_prepare(images)).logits
     found = {name: [FACTORS[name][i] for i in values.argmax(1)] for name, values in logits.items()}
-    shares = [sum(found[k][i] == v for k, v in want.items()) / len(want) for i, want in enumerate(wanted)]
-    return torch.tensor(shares)
+    return [{name: values[i] for name, values in found.items()} for i in range(len(images))]
+
+
+def satisfied(oracle: Oracle, images: Tensor, wanted: list[dict[str, str]]) -> Tensor:
+    """TXT: the share of each prompt's factors found in its picture. images (b, h, w, 3) in 0..1 -> (b,)."""
+    pairs = zip(read(oracle, images), wanted, strict=True)
+    return torch.tensor([sum(found[k] == v for k, v in want.items()) / len(want) for found, want in pairs])
 
 
 @torch.inference_mode()
