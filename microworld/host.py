@@ -23,8 +23,8 @@ class LatentFormat(comfy.latent_formats.LatentFormat):
     """Latents of the sample VAE, brought to zero mean and unit variance per channel."""
 
     latent_channels = 4
-    mean = torch.tensor([0.841339, 0.588712, 0.346719, 0.184742]).view(1, 4, 1, 1)
-    std = torch.tensor([0.684177, 0.577145, 0.570082, 0.410290]).view(1, 4, 1, 1)
+    mean = torch.tensor([0.835825, 0.587517, 0.343575, 0.183978]).view(1, 4, 1, 1)
+    std = torch.tensor([0.682297, 0.575138, 0.569202, 0.408844]).view(1, 4, 1, 1)
 
     def process_in(self, latent: torch.Tensor) -> torch.Tensor:
         return (latent - self.mean.to(latent)) / self.std.to(latent)
