@@ -5,17 +5,22 @@ from pathlib import Path
 import folder_paths
 
 
-def embedding_names() -> list[str]:
-    """The safetensors files in the embeddings folders, as the host lists them."""
-    return [name for name in folder_paths.get_filename_list("embeddings") if name.endswith(".safetensors")]
+def file_names(kind: str, endings: tuple[str, ...]) -> list[str]:
+    """The files with those endings in the folders of a kind (`embeddings`, `loras`), as the host lists them."""
+    return [name for name in folder_paths.get_filename_list(kind) if name.lower().endswith(endings)]
 
 
-def embedding_path(name: str) -> Path:
+def file_path(kind: str, name: str) -> Path:
     """The file behind a listed name. Raises ValueError when it is gone."""
-    path = folder_paths.get_full_path("embeddings", name)
+    path = folder_paths.get_full_path(kind, name)
     if path is None:
-        raise ValueError(f"There is no embedding {name!r} in models/embeddings; press R to refresh the list.")
+        raise ValueError(f"There is no {name!r} in models/{kind}; press R to refresh the list.")
     return Path(path)
+
+
+def loras_folder() -> Path:
+    """The first LoRA folder, where LoRAs with words are saved."""
+    return Path(folder_paths.get_folder_paths("loras")[0])
 
 
 def embeddings_folder() -> Path:

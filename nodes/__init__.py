@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .apply_concept import ConceptsApply
-from .concept_files import ConceptsLoad, ConceptsSave
+from .concept_files import ConceptsBundle, ConceptsLoad, ConceptsLoadLoraWords, ConceptsSave
 from .microworld_photos import ConceptsMicroworldPhotos
 from .train_textual_inversion import ConceptsTrainTextualInversion
 
@@ -16,6 +16,8 @@ class ConceptsExtension(ComfyExtension):
             ConceptsTrainTextualInversion,
             ConceptsSave,
             ConceptsLoad,
+            ConceptsLoadLoraWords,
+            ConceptsBundle,
             ConceptsApply,
             ConceptsMicroworldPhotos,
         ]

@@ -1,8 +1,10 @@
-"""Save Concept and Load Concept."""
+"""Save Concept, Load Concept, and the words that travel in LoRA files."""
+
+from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..host.folders import embedding_names, embedding_path, embeddings_folder
+from ..host.folders import embeddings_folder, file_names, file_path, loras_folder
 from ..textual_inversion import file
 from ..textual_inversion.concept import Concept as ConceptValue
 from .sockets import Concept
@@ -31,6 +33,10 @@ class ConceptsSave(io.ComfyNode):
                 io.Boolean.Input("overwrite", default=False, tooltip=(
                     "Replace a file of that name. When off, a name that is taken gets a number: mine_2, then mine_3."
                 )),
+                io.Combo.Input("layout", options=list(file.LAYOUTS), default=file.DEFAULT_LAYOUT, optional=True,
+                               advanced=True, tooltip=(
+                    "Which programs the file is laid out for. The first is read by nearly all of them."
+                )),
             ],
             outputs=[
                 io.String.Output("text", display_name="prompt text", tooltip=(
@@ -40,9 +46,10 @@ class ConceptsSave(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, concept: ConceptValue, name: str, overwrite: bool) -> io.NodeOutput:
+    def execute(cls, concept: ConceptValue, name: str, overwrite: bool,
+                layout: str = file.DEFAULT_LAYOUT) -> io.NodeOutput:
         folder = embeddings_folder()
-        path = file.save(concept, folder, name, overwrite)
+        path = file.save(concept, folder, name, overwrite, layout)
         text = f"embedding:{path.relative_to(folder).with_suffix('').as_posix()}"
         return io.NodeOutput(text, ui=ui.PreviewText(f"Saved: write {text} in any prompt."))
 
@@ -59,7 +66,9 @@ class ConceptsLoad(io.ComfyNode):
             description="Loads a learned word from models/embeddings, to be given to a CLIP by Apply Concept.",
             search_aliases=["load embedding", "load textual inversion"],
             inputs=[
-                io.Combo.Input("name", options=embedding_names(), tooltip="A safetensors file in models/embeddings."),
+                io.Combo.Input("name", options=file_names("embeddings", file.ENDINGS), tooltip=(
+                    "A file in models/embeddings: safetensors, or .pt and .bin, which are read without running code."
+                )),
                 io.String.Input("placeholder", default="", tooltip=(
                     "The word that prompts use for it. Empty takes the one in the file, or <file name>."
                 )),
@@ -73,10 +82,92 @@ class ConceptsLoad(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, name: str, placeholder: str) -> str:
         """A file that was written anew is read anew."""
-        status = embedding_path(name).stat()
-        return f"{status.st_mtime_ns} {status.st_size}"
+        return _stamp(file_path("embeddings", name))
 
     @classmethod
     def execute(cls, name: str, placeholder: str) -> io.NodeOutput:
-        concept = file.load(embedding_path(name), placeholder.strip())
-        return io.NodeOutput(concept, concept.words[0].placeholder)
+        return _loaded(file.load(file_path("embeddings", name), placeholder.strip()))
+
+
+class ConceptsLoadLoraWords(io.ComfyNode):
+    """Reads the words that a LoRA file brings along."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptsLoadLoraWords",
+            display_name="Load Words of LoRA",
+            category="concepts/io",
+            description=(
+                "Loads the learned words bundled in a LoRA file, which Load LoRA passes over. Give them to the CLIP "
+                "with Apply Concept, and the LoRA itself to the model as always."
+            ),
+            search_aliases=["bundle_emb", "pivotal tuning", "lora embedding", "bundled embedding"],
+            inputs=[
+                io.Combo.Input("name", options=file_names("loras", (".safetensors",)), tooltip=(
+                    "A file in models/loras that holds learned words."
+                )),
+            ],
+            outputs=[
+                Concept.Output("concept", display_name="concept", tooltip="The learned words, for Apply Concept."),
+                io.String.Output("placeholder", display_name="placeholder", tooltip=(
+                    "What to write in prompts, one after the other when there are several."
+                )),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str) -> str:
+        """A file that was written anew is read anew."""
+        return _stamp(file_path("loras", name))
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        return _loaded(file.load(file_path("loras", name)))
+
+
+class ConceptsBundle(io.ComfyNode):
+    """Writes words into a copy of a LoRA file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptsBundle",
+            display_name="Save Words in LoRA",
+            category="concepts/io",
+            description=(
+                "Saves a copy of a LoRA file that carries a learned word along, so that both travel as one file. A1111 "
+                "and Load Words of LoRA read such files; for Load LoRA it is a LoRA like any other."
+            ),
+            search_aliases=["bundle_emb", "bundle embedding", "pivotal tuning"],
+            is_output_node=True,
+            inputs=[
+                Concept.Input("concept", tooltip="The word, from a training or from Load Concept."),
+                io.Combo.Input("lora", options=file_names("loras", (".safetensors",)), tooltip=(
+                    "The LoRA that the word belongs to. It stays as it is."
+                )),
+                io.String.Input("name", default="mine", tooltip="The new file's name in models/loras."),
+                io.Boolean.Input("overwrite", default=False, tooltip=(
+                    "Replace a file of that name. When off, a name that is taken gets a number: mine_2, then mine_3."
+                )),
+            ],
+            outputs=[
+                io.String.Output("file", display_name="file", tooltip="The new file, as LoRA loaders list it."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, concept: ConceptValue, lora: str, name: str, overwrite: bool) -> io.NodeOutput:
+        folder = loras_folder()
+        path = file.bundle(concept, file_path("loras", lora), folder, name, overwrite)
+        saved = path.relative_to(folder).as_posix()
+        return io.NodeOutput(saved, ui=ui.PreviewText(f"Saved {saved} in models/loras."))
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_mtime_ns} {status.st_size}"
+
+
+def _loaded(concept: ConceptValue) -> io.NodeOutput:
+    return io.NodeOutput(concept, " ".join(word.placeholder for word in concept.words))

@@ -1,4 +1,4 @@
-"""A learned word as a safetensors embedding that ComfyUI, A1111 and diffusers read without this pack."""
+"""Learned words as embedding files: read in every layout, written so that programs without this pack read them."""
 
 import json
 import os
@@ -9,23 +9,35 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .concept import Concept, Word
-from .word import check_placeholder
+from .formats import read, read_safetensors, to_pickle
+from .word import PLACEHOLDER, check_placeholder
 
-ENCODERS = ("clip_l", "clip_g", "clip_h")
-ENCODER_OF_WIDTH = {1024: "clip_h", 1280: "clip_g"}
+LAYOUTS = {"ComfyUI, A1111, kohya": ".safetensors", "diffusers": ".safetensors", "diffusers (.bin)": ".bin",
+           "A1111 (.pt)": ".pt"}
+DEFAULT_LAYOUT = next(iter(LAYOUTS))
+ENDINGS = (".safetensors", ".pt", ".bin")
 SINGLE = "emb_params"
 LONGEST = 75  # vectors that fit one section of a prompt
 NAME = re.compile(r"[^\s,:<>\[\]()\"|?*\\/]+(/[^\s,:<>\[\]()\"|?*\\/]+)*")
 
 
-def to_bytes(concept: Concept) -> bytes:
-    """The file of a concept with one word; equal concepts give equal bytes."""
+def to_bytes(concept: Concept, layout: str = DEFAULT_LAYOUT) -> bytes:
+    """The file of a concept with one word; equal concepts give equal bytes.
+
+    Raises ValueError when the layout has no place for what the concept holds.
+    """
+    if len(concept.words) != 1:
+        raise ValueError(f"A file holds one word; this concept has {len(concept.words)}.")
     (word,) = concept.words
     tensors = {name: vectors.detach().cpu().float().contiguous() for name, vectors in word.vectors.items()}
+    if LAYOUTS[layout] != ".safetensors":
+        if len(tensors) > 1:
+            raise ValueError(f"{layout} has no place for the vectors of {' and '.join(tensors)}; "
+                             f"choose {DEFAULT_LAYOUT}.")
+        return to_pickle(layout.split()[0], word.placeholder, *tensors.values())
     metadata = {
         **concept.metadata,
         "concepts.format": "1",
@@ -35,23 +47,48 @@ def to_bytes(concept: Concept) -> bytes:
     }
     if len(tensors) == 1:
         ((metadata["concepts.encoder"], vectors),) = tensors.items()
-        tensors = {SINGLE: vectors}
+        tensors = {word.placeholder if layout == "diffusers" else SINGLE: vectors}
     return _with_metadata(safetensors.torch.save(tensors), metadata)
 
 
-def save(concept: Concept, folder: Path, name: str, overwrite: bool = False) -> Path:
-    """Writes `folder/name.safetensors` whole or not at all and returns its path.
+def save(concept: Concept, folder: Path, name: str, overwrite: bool = False, layout: str = DEFAULT_LAYOUT) -> Path:
+    """Writes `folder/name` with the layout's ending, whole or not at all, and returns its path.
 
     A name that is taken gets a counter unless `overwrite`. Raises ValueError for a name that prompts could not use,
     or with the reason when the disk refuses.
     """
-    path = _free_path(folder, checked_name(name), overwrite)
+    data = to_bytes(concept, layout)
+    path = _free_path(folder, checked_name(name), LAYOUTS[layout], overwrite)
+    write_whole(path, data)
+    return path
+
+
+def bundle(concept: Concept, lora: Path, folder: Path, name: str, overwrite: bool = False) -> Path:
+    """Writes a copy of a LoRA file that also holds the words of `concept`, as A1111 bundles them.
+
+    Raises ValueError that names the file when the LoRA cannot be read or already holds a word of that name.
+    """
+    metadata, tensors = read_safetensors(lora)
+    for word in concept.words:
+        title = word.placeholder.strip("<>")
+        if any(key.startswith(f"bundle_emb.{title}.") for key in tensors):
+            raise ValueError(f"{lora.name} already holds a word called {title!r}; give one of the two another name.")
+        for encoder, vectors in word.vectors.items():
+            key = "string_to_param.*" if word.vectors.keys() == {"clip_l"} else encoder
+            tensors[f"bundle_emb.{title}.{key}"] = vectors.detach().cpu().float().contiguous()
+    path = _free_path(folder, checked_name(name), ".safetensors", overwrite)
+    write_whole(path, _with_metadata(safetensors.torch.save(tensors), metadata))
+    return path
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that a crash leaves the old one or the new one. Raises ValueError when the disk refuses."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
             temporary = Path(file.name)
-            file.write(to_bytes(concept))
+            file.write(data)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
@@ -59,53 +96,50 @@ def save(concept: Concept, folder: Path, name: str, overwrite: bool = False) -> 
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-    return path
 
 
 def load(path: Path, placeholder: str = "") -> Concept:
-    """Reads an embedding; `placeholder` replaces the one in the file.
+    """Reads the words in a file of any layout; `placeholder` replaces the one in the file.
 
-    Raises ValueError that names the file when a tensor's name, shape, type or value is not that of an embedding.
+    Raises ValueError that names the file when it is damaged or holds no words.
     """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path.name} is not a readable safetensors file: {error}.") from error
-    vectors = {_encoder(path, name, tensors, metadata): _checked(path, name, t) for name, t in tensors.items()}
-    if not vectors:
-        raise ValueError(f"{path.name} holds no embedding.")
-    placeholder = placeholder or metadata.get("concepts.placeholder") or f"<{path.stem}>"
-    check_placeholder(placeholder)
-    return Concept((Word(placeholder, metadata.get("concepts.class_word", ""), vectors),), metadata=metadata)
+    found, metadata = read(path)
+    if placeholder and len(found) > 1:
+        raise ValueError(f"{path.name} holds {len(found)} words ({', '.join(found)}); leave the placeholder empty.")
+    class_word = metadata.get("concepts.class_word", "")
+    words = []
+    for name, tensors in found.items():
+        vectors = {encoder: _checked(path, encoder, tensor) for encoder, tensor in tensors.items()}
+        written = placeholder or metadata.get("concepts.placeholder") or _placeholder(name or path.stem)
+        check_placeholder(written)
+        words.append(Word(written, class_word, vectors))
+    return Concept(tuple(words), metadata=metadata)
 
 
 def checked_name(name: str) -> str:
     """`name` without its ending. Raises ValueError when `embedding:name` could not be written in a prompt."""
-    name = name.strip().removesuffix(".safetensors")
+    name = name.strip()
+    name = next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
     if not NAME.fullmatch(name) or any(part.startswith(".") for part in name.split("/")):
         raise ValueError(f"{name!r} cannot name an embedding: use letters, digits, - and _, and / for a subfolder.")
     return name
 
 
-def _free_path(folder: Path, name: str, overwrite: bool) -> Path:
-    path, number = folder / f"{name}.safetensors", 2
+def _free_path(folder: Path, name: str, ending: str, overwrite: bool) -> Path:
+    path, number = folder / f"{name}{ending}", 2
     while path.exists() and not overwrite:
-        path, number = folder / f"{name}_{number}.safetensors", number + 1
+        path, number = folder / f"{name}_{number}{ending}", number + 1
     return path
 
 
-def _encoder(path: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    if name in ENCODERS:
-        return name
-    if len(tensors) > 1:
-        raise ValueError(f"{path.name} is not an embedding: it holds {len(tensors)} tensors, one of them {name!r}.")
-    named = metadata.get("concepts.encoder")
-    return named if named in ENCODERS else ENCODER_OF_WIDTH.get(max(tensors[name].shape, default=0), "clip_l")
+def _placeholder(name: str) -> str:
+    """The name in a file as prompts can write it: <my-cat> for 'my cat', and <cat> as it is."""
+    return name if PLACEHOLDER.fullmatch(name) and name.startswith("<") else f"<{re.sub('[^A-Za-z0-9_-]+', '-', name)}>"
 
 
 def _checked(path: Path, name: str, vectors: Tensor) -> Tensor:
+    if not isinstance(vectors, Tensor):
+        raise ValueError(f"{path.name} is not an embedding: it holds a {type(vectors).__name__}.")
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     if vectors.ndim != 2 or not 1 <= len(vectors) <= LONGEST or vectors.shape[1] == 0:
         raise ValueError(f"{path.name} is not an embedding: {name!r} has the shape {tuple(vectors.shape)}.")

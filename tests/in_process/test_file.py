@@ -8,10 +8,10 @@ import comfy.sd1_clip
 import pytest
 import torch
 from concepts_pack.textual_inversion.concept import Concept, Word
-from concepts_pack.textual_inversion.file import checked_name, load, save, to_bytes
+from concepts_pack.textual_inversion.file import LAYOUTS, bundle, checked_name, load, save, to_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 METADATA = {"modelspec.base_model": "SD15", "ssmd_cover_images": '["aGk="]', "concepts.training": '{"steps": 3}'}
 
@@ -88,6 +88,143 @@ def test_what_is_not_an_embedding_is_named(tmp_path, tensors, complaint):
     save_file(tensors, tmp_path / "odd.safetensors")
     with pytest.raises(ValueError, match=f"odd.safetensors .*{complaint}"):
         load(tmp_path / "odd.safetensors")
+
+
+VECTORS = torch.randn(2, 768, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_round_trips(tmp_path, layout):
+    path = save(concept(clip_l=VECTORS), tmp_path, "mine", layout=layout)
+    assert path.suffix == LAYOUTS[layout]
+    word, = load(path).words
+    assert torch.equal(word.vectors["clip_l"], VECTORS)
+    assert word.placeholder == "<mine>"
+    assert torch.equal(comfy.sd1_clip.load_embed("mine", str(tmp_path), 768, "clip_l"), VECTORS)
+
+
+def ldm():
+    """As the code of the paper saves it: torch.save of a ParameterDict and a tensor for the token."""
+    parameters = torch.nn.ParameterDict({"*": torch.nn.Parameter(VECTORS)})
+    return {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": parameters}
+
+
+def old_ldm():
+    """The same as torch before 1.12 left it: the tensors in the module's `_parameters`."""
+    parameters = torch.nn.ParameterDict()
+    parameters._parameters["*"] = torch.nn.Parameter(VECTORS)
+    return {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": parameters}
+
+
+@pytest.mark.parametrize(("content", "placeholder"), [
+    ({"string_to_token": {"*": 265}, "string_to_param": {"*": VECTORS}, "name": "my cat", "step": 500,
+      "sd_checkpoint": None, "sd_checkpoint_name": None}, "<my-cat>"),
+    (ldm(), "<foreign>"),
+    (old_ldm(), "<foreign>"),
+    ({"<dog>": VECTORS}, "<dog>"),
+    ({"<dog>": VECTORS[0]}, "<dog>"),
+    ({"emb_params": VECTORS}, "<foreign>"),
+], ids=["A1111", "LDM", "LDM of old", "diffusers", "diffusers, one vector", "kohya"])
+@pytest.mark.parametrize("ending", [".pt", ".bin"])
+def test_pickled_layouts_load(tmp_path, content, placeholder, ending):
+    torch.save(content, tmp_path / f"foreign{ending}")
+    word, = load(tmp_path / f"foreign{ending}").words
+    vectors = word.vectors["clip_l"]
+    assert word.placeholder == placeholder and torch.equal(vectors, VECTORS[:len(vectors)])
+
+
+def test_older_diffusers_names_of_both_encoders(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"text_encoders_0": torch.ones(1, 768), "text_encoders_1": torch.ones(1, 1280)}, path)
+    assert load(path).words[0].vectors.keys() == {"clip_l", "clip_g"}
+
+
+def test_words_bundled_in_a_lora(tmp_path):
+    lora = {"lora_unet_x.lora_up.weight": torch.ones(2, 2), "lora_unet_x.lora_down.weight": torch.ones(2, 2)}
+    words = {"bundle_emb.cat.string_to_param.*": VECTORS, "bundle_emb.dog.clip_l": VECTORS + 1,
+             "bundle_emb.dog.clip_g": torch.ones(2, 1280)}
+    save_file(lora | words, tmp_path / "lora.safetensors")
+    cat, dog = load(tmp_path / "lora.safetensors").words
+    assert (cat.placeholder, dog.placeholder) == ("<cat>", "<dog>")
+    assert torch.equal(cat.vectors["clip_l"], VECTORS) and dog.vectors.keys() == {"clip_l", "clip_g"}
+    with pytest.raises(ValueError, match=r"holds 2 words \(cat, dog\); leave the placeholder empty"):
+        load(tmp_path / "lora.safetensors", "<mine>")
+    save_file(lora, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="it holds 2 tensors, one of them 'lora_unet_x"):
+        load(tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize("encoders", [("clip_l",), ("clip_l", "clip_g")])
+def test_bundling_keeps_the_lora_and_adds_the_word(tmp_path, encoders):
+    lora, vectors = {"x.lora_up.weight": torch.ones(2, 2)}, {name: VECTORS + i for i, name in enumerate(encoders)}
+    save_file(lora, tmp_path / "lora.safetensors", {"ss_network_dim": "2"})
+    path = bundle(concept(**vectors), tmp_path / "lora.safetensors", tmp_path, "both")
+    assert path.name == "both.safetensors"
+    assert torch.equal(load_file(path)["x.lora_up.weight"], lora["x.lora_up.weight"])
+    word, = load(path).words
+    assert word.placeholder == "<mine>" and word.vectors.keys() == set(encoders)
+    assert all(torch.equal(word.vectors[name], vectors[name]) for name in encoders)
+    assert json.loads(comfy.utils.safetensors_header(str(path)))["__metadata__"] == {"ss_network_dim": "2"}
+    with pytest.raises(ValueError, match="both.safetensors already holds a word called 'mine'"):
+        bundle(concept(), path, tmp_path, "again")
+
+
+def test_two_encoders_do_not_fit_a_pickle():
+    both = concept(clip_l=torch.ones(1, 768), clip_g=torch.ones(1, 1280))
+    with pytest.raises(ValueError, match="no place for the vectors of clip_l and clip_g; choose ComfyUI"):
+        to_bytes(both, "A1111 (.pt)")
+
+
+class Evil:
+    """A pickle that leaves a file behind when it is executed."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return open, (str(self.trace), "w")
+
+
+@pytest.mark.parametrize("name", ["evil.pt", "evil.bin"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_never_executed(tmp_path, name, zipped):
+    content = {"string_to_param": {"*": Evil(tmp_path / "trace")}}
+    torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=f"{name} is no embedding that can be read without running code"):
+        load(tmp_path / name)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("content", [[VECTORS], "text", {"a": {"b": VECTORS}}, {"a": "text"}, {}, {"a": None},
+                                     {"string_to_param": {}}, {"string_to_param": "text"}])
+def test_other_pickles_are_named(tmp_path, content):
+    torch.save(content, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="odd.pt (is not an embedding|holds no embedding)"):
+        load(tmp_path / "odd.pt")
+
+
+def test_a_huge_pickle_is_not_even_opened(tmp_path):
+    with (tmp_path / "model.pt").open("wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(ValueError, match="is not an embedding: it is 1024 MB large"):
+        load(tmp_path / "model.pt")
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_damaged_pickles_never_crash(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "damaged.pt"
+    torch.save({"<dog>": VECTORS[:, :8].clone()}, path)
+    good = path.read_bytes()
+    place = data.draw(st.integers(0, len(good) - 1))
+    cut, flipped = good[:place], good[:place] + b"\xff" + good[place + 1:]
+    path.write_bytes(data.draw(st.sampled_from((cut, flipped))))
+    try:
+        loaded = load(path)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert loaded.words[0].vectors
 
 
 @settings(max_examples=300)

@@ -11,6 +11,7 @@ import concepts_pack
 import folder_paths
 import pytest
 import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = Path(__file__).with_name("schema.json")
@@ -113,8 +114,22 @@ def test_a_file_written_anew_is_read_anew(training, folders):
     assert before != load.fingerprint_inputs("mine.safetensors", "")
 
 
+def test_words_travel_in_a_lora(training, folders, tmp_path, monkeypatch):
+    loras = tmp_path / "loras"
+    loras.mkdir()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(loras)], {".safetensors"}))
+    folder_paths.filename_list_cache.pop("loras", None)
+    save_file({"x.lora_up.weight": torch.ones(2, 2)}, loras / "style.safetensors")
+    concept = run("ConceptsTrainTextualInversion", **training).result[0]
+    (name,) = run("ConceptsBundle", concept=concept, lora="style.safetensors", name="both", overwrite=False).result
+    loaded, placeholder = run("ConceptsLoadLoraWords", name=name).result
+    assert (name, placeholder) == ("both.safetensors", "<mine>")
+    assert torch.equal(loaded.words[0].vectors["clip_l"], concept.words[0].vectors["clip_l"])
+    assert NODES["ConceptsLoadLoraWords"].fingerprint_inputs(name)
+
+
 def test_a_missing_file_is_named():
-    with pytest.raises(ValueError, match="no embedding 'gone.safetensors'"):
+    with pytest.raises(ValueError, match="There is no 'gone.safetensors' in models/embeddings"):
         run("ConceptsLoad", name="gone.safetensors", placeholder="")
 
 

@@ -14,6 +14,7 @@ LAYERS = ("host", "training", "textual_inversion", "nodes")
 PURE = [
     "training/draws.py", "training/dataset.py", "training/preview.py", "textual_inversion/concept.py",
     "textual_inversion/word.py", "textual_inversion/templates.py", "textual_inversion/file.py",
+    "textual_inversion/formats.py",
 ]
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "execution", "folder_paths", "nodes", "server"}
 FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))

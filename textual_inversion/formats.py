@@ -1,0 +1,118 @@
+"""The layouts in which learned words are kept: ComfyUI and kohya, A1111, diffusers, original LDM, bundled in a LoRA.
+
+Layouts are told apart by their keys. Pickled files are read by torch's weights-only unpickler, which executes nothing.
+"""
+
+import io
+import re
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn.modules.container import ParameterDict
+
+ENCODERS = ("clip_l", "clip_g", "clip_h")
+ENCODER_OF_WIDTH = {1024: "clip_h", 1280: "clip_g"}
+ENCODER_OF_KEY = {name: name for name in ENCODERS} | {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
+LARGEST = 64 * 2**20  # bytes of a pickled file; a word of 75 vectors takes less than one
+BUNDLED = re.compile(r"bundle_emb\.(?P<name>.+?)\.(?P<key>string_to_param\.\*|clip_l|clip_g|clip_h)")
+
+Found = dict[str, dict[str, Tensor]]  # placeholder or name, which may be empty -> tensor by encoder
+
+
+def read(path: Path) -> tuple[Found, dict[str, str]]:
+    """The words in a file, by the name the file gives them ('' for none), and its metadata.
+
+    Raises ValueError that names the file when it cannot be read or holds something else.
+    """
+    if path.suffix.lower() == ".safetensors":
+        metadata, content = read_safetensors(path, BUNDLED)
+    else:
+        metadata, content = {}, _unpickled(path)
+    return _words(path, content, metadata), metadata
+
+
+def read_safetensors(path: Path, only: re.Pattern | None = None) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file; when names match `only`, those tensors alone, for files that hold much else.
+
+    Raises ValueError that names the file when it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = list(file.keys())
+            chosen = [name for name in names if only and only.fullmatch(name)] or names
+            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in chosen}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path.name} is not a readable safetensors file: {error}.") from error
+
+
+def to_pickle(layout: str, placeholder: str, vectors: Tensor) -> bytes:
+    """A word (n d) for one encoder as the pickled file of `layout`: 'diffusers' (.bin) or 'A1111' (.pt)."""
+    content = {placeholder: vectors}
+    if layout == "A1111":
+        content = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": placeholder.strip("<>"),
+                   "step": 0, "sd_checkpoint": None, "sd_checkpoint_name": None}
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _unpickled(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise ValueError(f"{path.name} is not an embedding: it is {size >> 20} MB large.")
+    allowed = [ParameterDict, OrderedDict, defaultdict]  # the original LDM code saved a ParameterDict
+    try:
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever a damaged file provokes
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise ValueError(f"{path.name} is no embedding that can be read without running code: {reason}.") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path.name} is not an embedding: it holds a {type(content).__name__}.")
+    return dict(content)
+
+
+def _words(path: Path, content: dict[str, Any], metadata: dict[str, str]) -> Found:
+    bundled = [(match, content[key]) for key in content if (match := BUNDLED.fullmatch(key))]
+    if bundled:
+        found: Found = {}
+        for match, tensor in bundled:
+            encoder = _encoder_of(tensor, {}) if match["key"].endswith("*") else match["key"]
+            found.setdefault(match["name"], {})[encoder] = tensor
+        return found
+    if "string_to_param" in content:
+        return {str(content.get("name") or ""): _one(path, _parameters(content["string_to_param"]), metadata)}
+    if content and content.keys() <= ENCODER_OF_KEY.keys():
+        return {"": {ENCODER_OF_KEY[key]: tensor for key, tensor in content.items()}}
+    name = next(iter(content), "")
+    return {str(name) if str(name).startswith("<") else "": _one(path, content, metadata)}
+
+
+def _parameters(kept: Any) -> dict[str, Any]:
+    """`string_to_param`, whether a dict, a ParameterDict of today or one that torch before 1.12 pickled."""
+    if isinstance(kept, torch.nn.Module):
+        state = vars(kept)
+        return {key: value for key, value in {**state.get("_parameters", {}), **state}.items()
+                if isinstance(value, Tensor)}
+    return dict(kept) if isinstance(kept, Mapping) else {}
+
+
+def _one(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str]) -> dict[str, Tensor]:
+    if not tensors:
+        raise ValueError(f"{path.name} holds no embedding.")
+    if len(tensors) > 1:
+        raise ValueError(f"{path.name} is not an embedding: it holds {len(tensors)} tensors, "
+                         f"one of them {next(iter(tensors))!r}.")
+    (tensor,) = tensors.values()
+    return {_encoder_of(tensor, metadata): tensor}
+
+
+def _encoder_of(tensor: Any, metadata: dict[str, str]) -> str:
+    named = metadata.get("concepts.encoder")
+    width = tensor.shape[-1] if isinstance(tensor, Tensor) and tensor.ndim else 0
+    return named if named in ENCODERS else ENCODER_OF_WIDTH.get(width, "clip_l")
