@@ -37,7 +37,7 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
             is_input_list=True,
             inputs=[
                 io.Model.Input("model", tooltip=(
-                    "The checkpoint to learn for (Stable Diffusion 1.x). LoRAs on it count."
+                    "The checkpoint to learn for: Stable Diffusion 1.x, 2.x or SDXL. LoRAs on it count."
                 )),
                 io.Clip.Input("clip", tooltip=(
                     "The checkpoint's text encoder. The new word is learned for this encoder."

@@ -4,8 +4,10 @@ import comfy.model_base
 import comfy.model_patcher
 import comfy.sd
 import comfy.sd1_clip
+import comfy.sdxl_clip
 import comfy.supported_models
 import comfy.taesd.taesd
+import comfy.text_encoders.sd2_clip
 import hypothesis
 import pytest
 import torch
@@ -19,14 +21,22 @@ WIDTH = 32
 UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
     "channel_mult": [1, 2], "transformer_depth": [1, 1], "transformer_depth_output": [1] * 4,
-    "transformer_depth_middle": 1, "context_dim": WIDTH, "num_heads": 4, "num_head_channels": -1,
-    "use_spatial_transformer": True, "use_linear_in_transformer": False, "legacy": False, "adm_in_channels": None,
-    "dtype": torch.float32, "use_temporal_attention": False, "use_temporal_resblock": False,
+    "transformer_depth_middle": 1, "context_dim": WIDTH, "use_spatial_transformer": True,
+    "use_linear_in_transformer": False, "legacy": False, "adm_in_channels": None, "dtype": torch.float32,
+    "use_temporal_attention": False, "use_temporal_resblock": False,
 }
 TEXT = {
     "architectures": ["CLIPTextModel"], "hidden_act": "quick_gelu", "hidden_size": WIDTH, "intermediate_size": 64,
     "max_position_embeddings": 77, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 49408,
     "eos_token_id": 49407, "projection_dim": WIDTH,
+}
+HEADS = {"num_heads": 4, "num_head_channels": -1}  # over the families' own, which are for full size
+WIDTH_G = 48
+TEXT_G = TEXT | {"hidden_size": WIDTH_G, "projection_dim": WIDTH_G, "num_hidden_layers": 3}
+OWN_UNET = {  # SDXL hears of both encoders, of the pooled vector and of six picture sizes
+    "SD20": {"use_linear_in_transformer": True},
+    "SDXL": {"use_linear_in_transformer": True, "context_dim": WIDTH + WIDTH_G, "adm_in_channels": WIDTH_G + 6 * 256,
+             "num_classes": "sequential"},
 }
 
 
@@ -43,14 +53,18 @@ def make_text_matter(unet: torch.nn.Module) -> None:
             parameter.data *= 8
 
 
-def make_model(model_type=comfy.model_base.ModelType.EPS, disable_dynamic=True) -> comfy.model_patcher.ModelPatcher:
-    config = comfy.supported_models.SD15(dict(UNET))
+def make_model(
+    model_type=comfy.model_base.ModelType.EPS, family="SD15", disable_dynamic=True
+) -> comfy.model_patcher.ModelPatcher:
+    config = getattr(comfy.supported_models, family)(UNET | OWN_UNET.get(family, {}))
+    config.unet_config |= HEADS
     config.set_inference_dtype(torch.float32, None)
-    model = comfy.model_base.BaseModel(config, model_type=model_type, device=CPU)
+    kind = comfy.model_base.SDXL if family == "SDXL" else comfy.model_base.BaseModel
+    model = kind(config, model_type=model_type, device=CPU)
     fill(model, 1)
     make_text_matter(model)
     patcher = comfy.model_patcher.ModelPatcher(model, CPU, CPU)
-    patcher.cached_patcher_init = (make_model, (model_type,))
+    patcher.cached_patcher_init = (make_model, (model_type, family))
     return patcher
 
 
@@ -77,6 +91,34 @@ def make_clip(embeddings: str | None = None, disable_dynamic=True) -> comfy.sd.C
     return clip
 
 
+class TargetH:
+    params = {}
+    clip = comfy.text_encoders.sd2_clip.SD2ClipModel
+    tokenizer = comfy.text_encoders.sd2_clip.SD2Tokenizer
+
+
+class TargetXL:
+    params = {}
+    clip = comfy.sdxl_clip.SDXLClipModel
+    tokenizer = comfy.sdxl_clip.SDXLTokenizer
+
+
+def make_other_clip(family: str, disable_dynamic=True) -> comfy.sd.CLIP:
+    """The host's own text encoders of SD2.x and SDXL at toy size."""
+    target, options = {
+        "SD20": (TargetH, {"model_name": "clip_h", "clip_h_model_config": TEXT | {"num_hidden_layers": 3}}),
+        "SDXL": (TargetXL, {"clip_l_model_config": TEXT | {"num_hidden_layers": 3}, "clip_g_model_config": TEXT_G}),
+    }[family]
+    clip = comfy.sd.CLIP(target, model_options=options, disable_dynamic=True)
+    fill(clip.cond_stage_model, 2)
+    clip.patcher.cached_patcher_init = (make_other_clip_patcher, (family,))
+    return clip
+
+
+def make_other_clip_patcher(family: str, disable_dynamic=True) -> comfy.model_patcher.ModelPatcher:
+    return make_other_clip(family).patcher
+
+
 def make_clip_patcher(embeddings: str | None, disable_dynamic=True) -> comfy.model_patcher.ModelPatcher:
     return make_clip(embeddings).patcher
 
@@ -97,6 +139,13 @@ def model():
 def velocity_model():
     with torch.inference_mode():
         return make_model(comfy.model_base.ModelType.V_PREDICTION)
+
+
+@pytest.fixture(scope="session", params=["SD20", "SDXL"])
+def other_base(request):
+    """Name, MODEL and CLIP of the other families."""
+    with torch.inference_mode():
+        return request.param, make_model(family=request.param), make_other_clip(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,7 @@
 
 import comfy.cli_args
 import comfy.ldm.modules.attention
-import comfy.model_base
 import comfy.model_management
-import comfy.model_patcher
-import comfy.supported_models
 import comfy.utils
 import folder_paths
 import pytest
@@ -140,12 +137,3 @@ def test_sage_attention_is_replaced_while_training(model, clip, vae, photos, mon
     monkeypatch.setattr(comfy.cli_args.args, "use_sage_attention", True)
     lesson = learn_word(model, clip, vae, [photos], recipe(), QUICK)
     torch.testing.assert_close(lesson.losses, expected.losses, rtol=1e-3, atol=1e-4)
-
-
-def test_other_bases_are_named(clip, vae, photos, model):
-    config = comfy.supported_models.SD20(dict(model.model.model_config.unet_config))
-    config.set_inference_dtype(torch.float32, None)
-    cpu = torch.device("cpu")
-    other = comfy.model_patcher.ModelPatcher(comfy.model_base.BaseModel(config, device=cpu), cpu, cpu)
-    with pytest.raises(ValueError, match=r"Stable Diffusion 1.x checkpoints so far; this one is SD20"):
-        learn_word(other, clip, vae, [photos], recipe(), QUICK)

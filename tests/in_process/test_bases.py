@@ -1,0 +1,102 @@
+"""Every family of checkpoint: what can be trained on is, the rest is named."""
+
+import copy
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.supported_models
+import folder_paths
+import pytest
+import torch
+from concepts_pack.host.bases import base_name
+from concepts_pack.host.copies import private_copies
+from concepts_pack.host.objective import denoising_loss
+from concepts_pack.host.text import encode
+from concepts_pack.textual_inversion.apply import apply_words
+from concepts_pack.textual_inversion.file import load, save
+from concepts_pack.textual_inversion.train import Preview, Recipe, WordMethod, learn_word
+from concepts_pack.training.draws import draw
+from concepts_pack.training.loop import Plan, train
+
+ENCODERS = {"SD20": {"clip_h"}, "SDXL": {"clip_l", "clip_g"}}
+RECIPE = Recipe("<mine>", "cat", steps=3, learning_rate=0.01, batch_size=2, seed=5)
+
+
+@pytest.fixture(autouse=True)
+def output(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+
+
+def test_a_word_is_learned_saved_and_used(other_base, vae, photos, tmp_path):
+    name, model, clip = other_base
+    with torch.inference_mode():
+        lesson = learn_word(model, clip, vae, [photos], RECIPE, Preview(every=0, steps=1))
+    (word,) = lesson.concept.words
+    assert word.vectors.keys() == ENCODERS[name] and len(lesson.losses) == 3
+    assert lesson.concept.metadata["modelspec.base_model"] == name
+    loaded = load(save(lesson.concept, tmp_path, "mine"))
+    assert loaded.words[0].vectors.keys() == ENCODERS[name]
+    taught = apply_words(clip, loaded, 1.0)
+    known, unknown = (c.encode_from_tokens(c.tokenize("a <mine> on grass")) for c in (taught, clip))
+    assert not torch.equal(known, unknown)
+
+
+def test_every_encoder_learns(other_base):
+    name, model, clip = other_base
+    latents = torch.randn(1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with private_copies(model, clip) as (unet, text):
+        method = WordMethod(unet, text, RECIPE)
+        before = method.word()
+        train(method, latents, Plan(steps=2, batch_size=2, seed=0, levels=1000), lambda losses: None)
+        after = method.word()
+    for encoder in ENCODERS[name]:
+        moved = (after.vectors[encoder] - before.vectors[encoder]).norm()
+        assert moved > 0
+
+
+def test_base_and_encoders_keep_every_bit(other_base, vae, photos):
+    _, model, clip = other_base
+    parts = model.model, clip.cond_stage_model
+    before = [copy.deepcopy(part.state_dict()) for part in parts]
+    learn_word(model, clip, vae, [photos], RECIPE, Preview(every=0, steps=1))
+    for part, saved in zip(parts, before, strict=True):
+        assert all(torch.equal(saved[key], value) for key, value in part.state_dict().items())
+
+
+@pytest.mark.parametrize("other_base", ["SDXL"], indirect=True)
+def test_sdxl_hears_of_the_pooled_text_and_of_the_picture_size(other_base):
+    _, model, clip = other_base
+    unet = model.model
+    with torch.no_grad(), torch.inference_mode(False):
+        context, pooled = encode(clip, "a cat")
+        latents, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        plain, otherwise = (denoising_loss(unet, latents, noise, torch.tensor([300]), context, pooled + shift)
+                            for shift in (0, 1))
+    assert not torch.allclose(plain, otherwise)
+    sizes = [unet.extra_conds(cross_attn=context, pooled_output=pooled, noise=noise, device=noise.device, width=w,
+                              height=64)["y"].cond for w in (64, 128)]
+    assert not torch.equal(*sizes)
+
+
+def patcher(family, **unet):
+    config = getattr(comfy.supported_models, family)(unet)
+    model = torch.nn.Module()
+    model.model_config, model.latent_format = config, config.latent_format
+    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", ["SD15", "SD20", "SDXL", "SSD1B"])
+def test_supported_families(family):
+    assert base_name(patcher(family, in_channels=4)) == family
+
+
+@pytest.mark.parametrize("family", ["SDXLRefiner", "SD3", "Flux", "SD21UnclipL", "LotusD"])
+def test_other_families_are_named(family):
+    with pytest.raises(ValueError, match=rf"Stable Diffusion 1.x, 2.x and SDXL checkpoints; this one is {family}\."):
+        base_name(patcher(family, in_channels=4))
+
+
+@pytest.mark.parametrize("family", ["SD15", "SDXL"])
+def test_inpainting_checkpoints_are_named(family):
+    with pytest.raises(ValueError, match="this one is for inpainting or editing"):
+        base_name(patcher(family, in_channels=9))
