@@ -15,7 +15,6 @@ from concepts_pack.host.text import encode
 from concepts_pack.textual_inversion.apply import apply_words
 from concepts_pack.textual_inversion.file import load, save
 from concepts_pack.textual_inversion.train import Preview, Recipe, WordMethod, learn_word
-from concepts_pack.training.draws import draw
 from concepts_pack.training.loop import Plan, train
 
 ENCODERS = {"SD20": {"clip_h"}, "SDXL": {"clip_l", "clip_g"}}
