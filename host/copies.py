@@ -1,5 +1,6 @@
 """Private copies of a MODEL and a CLIP that can be trained through, beside originals that nothing touches."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -7,22 +8,30 @@ from functools import partial
 import comfy.model_management
 import torch
 from comfy.clip_model import CLIPLayer
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+AMPLE = 20 * 2**30  # bytes: room for a batch of 4 at 512 pixels on SD1.x with all activations kept
 
 
 @contextmanager
-def private_copies(model: ModelPatcher, clip: CLIP) -> Iterator[tuple[ModelPatcher, CLIP]]:
+def private_copies(
+    model: ModelPatcher, clip: CLIP, recompute: bool = False
+) -> Iterator[tuple[ModelPatcher, CLIP]]:
     """Reloads `model` and `clip` from disk as ordinary frozen tensors, with the LoRAs they carry, for one training.
 
-    Gradients flow through both copies. Both are freed on the way out. Raises ValueError for a model or CLIP whose
-    loader did not leave the host a way to load it again.
+    Gradients flow through both copies; with `recompute` the UNet's blocks keep no activations for them and are
+    computed twice (gradient checkpointing). Both copies are freed on the way out.
+    Raises ValueError for a model or CLIP whose loader did not leave the host a way to load it again.
     """
     in_training = comfy.model_management.in_training
     with torch.inference_mode(False), torch.enable_grad():
-        unet, text = _reload(model, "MODEL"), clip.clone()
+        unet, text = _reload(model, "MODEL", recompute), clip.clone()
         text.patcher = _reload(clip.patcher, "CLIP")
         text.cond_stage_model = text.patcher.model
         try:
@@ -35,12 +44,28 @@ def private_copies(model: ModelPatcher, clip: CLIP) -> Iterator[tuple[ModelPatch
             comfy.model_management.soft_empty_cache()
 
 
+def fingerprint(*patchers: ModelPatcher) -> str:
+    """A digest of the first numbers of every weight, which tells checkpoints and the LoRAs on them apart."""
+    digest = hashlib.sha256()
+    for patcher in patchers:
+        for name, weight in patcher.model.state_dict().items():
+            start = weight.reshape(-1)[:32].float().cpu().contiguous()
+            digest.update(f"{name} {tuple(weight.shape)}".encode() + start.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def settle(*patchers: ModelPatcher) -> None:
     """Brings copies whole onto their devices, where sampling a preview may have pushed them out."""
     comfy.model_management.load_models_gpu(list(patchers), memory_required=1e20, force_full_load=True)
 
 
-def _reload(patcher: ModelPatcher, socket: str) -> ModelPatcher:
+def memory_is_short(model: ModelPatcher) -> bool:
+    """Whether the model's device is a graphics card with less memory than training in one go takes."""
+    device = model.load_device
+    return device.type != "cpu" and comfy.model_management.get_total_memory(device) < AMPLE
+
+
+def _reload(patcher: ModelPatcher, socket: str, recompute: bool = False) -> ModelPatcher:
     """`patcher.clone(force_deepcopy=True, disable_dynamic=True)`, spelled so that hosts before 0.26 have it too."""
     if patcher.cached_patcher_init is None:
         raise ValueError(
@@ -51,17 +76,19 @@ def _reload(patcher: ModelPatcher, socket: str) -> ModelPatcher:
     fresh = factory(*arguments, disable_dynamic=True)
     fresh = fresh[index[0]] if index else fresh
     copy = patcher.clone(disable_dynamic=True, model_override=fresh.get_clone_model_override())
-    _prepare(copy)
+    _prepare(copy, recompute)
     settle(copy)  # while `fresh` lives: the host has it down as loaded and would report it as leaked
     return copy
 
 
-def _prepare(copy: ModelPatcher) -> None:
+def _prepare(copy: ModelPatcher, recompute: bool) -> None:
     """Freezes the weights and makes every part let gradients through."""
     copy.model.requires_grad_(False).eval()
     for name, layer in copy.model.named_modules():
         if isinstance(layer, CLIPLayer):
             copy.add_object_patch(f"{name}.forward", partial(_differentiable_forward, layer))
+        elif recompute and isinstance(layer, ResBlock | SpatialTransformer):
+            copy.add_object_patch(f"{name}.forward", partial(checkpoint, layer.forward, use_reentrant=False))
     if isinstance(copy.model, BaseModel) and copy.model.get_dtype_inference() == torch.float16:
         # Half precision has too little range for these gradients.
         bf16 = comfy.model_management.should_use_bf16(copy.load_device)

@@ -31,3 +31,8 @@ def embeddings_folder() -> Path:
 def unfinished_folder() -> Path:
     """Where words of stopped trainings are kept: output/concepts."""
     return Path(folder_paths.get_output_directory()) / "concepts"
+
+
+def states_folder() -> Path:
+    """Where running trainings keep the states they can go on from: output/concepts/states."""
+    return unfinished_folder() / "states"

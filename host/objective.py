@@ -9,21 +9,32 @@ from comfy.model_base import BaseModel
 from torch import Tensor
 
 
-def denoising_loss(
-    model: BaseModel, latents: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor | None
+def denoising_error(
+    model: BaseModel, latents: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor | None,
+    snr_cap: float = 0.0,
 ) -> Tensor:
-    """The model's own squared error, one value per sample.
+    """The squared error that the model was trained to lower, at every place (b c h w).
 
     `latents`, `noise` (b c h w), latents as the UNet sees them; `timesteps` (b) whole numbers into the model's
-    schedule; `context` (1 n d) and `pooled` (1 p) of one prompt for all samples -> (b).
+    schedule; `context` (b n d) and `pooled` (b p), or one prompt for all samples.
+    With `snr_cap` γ above 0 the weight of clean images is bounded as in min-SNR (Hang et al., arXiv 2303.09556).
     """
     sampling = model.model_sampling
     sigma = sampling.sigmas.to(latents.device)[timesteps]
     noisy = sampling.noise_scaling(sigma, noise, latents)
     conditions = _conditions(model, noise, context, pooled)
     denoised = model.apply_model(noisy, sigma, transformer_options=_options(), **conditions)
-    error = (denoised - latents).pow(2).flatten(1).mean(1)
-    return error / output_scale(sampling, sigma).pow(2)
+    weight = output_scale(sampling, sigma).pow(-2)
+    if snr_cap:
+        weight = signal_to_noise(sampling, sigma).clamp(max=snr_cap)
+    return (denoised - latents).pow(2) * weight.view(-1, 1, 1, 1)
+
+
+def signal_to_noise(sampling: torch.nn.Module, sigma: Tensor) -> Tensor:
+    """The power of the image over that of the noise at σ (b): the min-SNR weight of an error in the image."""
+    zero = torch.zeros_like(sigma).view(-1, 1)
+    image, noise = (sampling.noise_scaling(sigma, *pair).flatten() for pair in ((zero, zero + 1), (zero + 1, zero)))
+    return (image / noise).pow(2)
 
 
 def output_scale(sampling: torch.nn.Module, sigma: Tensor) -> Tensor:

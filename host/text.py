@@ -1,5 +1,8 @@
 """Text in a CLIP: encoding without the host's model loading, embedding rows, and sizes."""
 
+from collections.abc import Sequence
+from math import lcm
+
 import torch
 from comfy.sd import CLIP
 from comfy.sd1_clip import SDClipModel, SDTokenizer
@@ -28,6 +31,19 @@ def encode(clip: CLIP, text: str) -> tuple[Tensor, Tensor | None]:
     model.set_clip_options({"execution_device": clip.patcher.load_device})
     context, pooled, *_ = model.encode_token_weights(clip.tokenize(text))
     return context, pooled
+
+
+def encode_all(clip: CLIP, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    """Encodes each distinct one of `texts` once: contexts (b n d) and pooled vectors (b p).
+
+    Prompts of several sections are longer; the others are repeated to their length, as the host's sampler does.
+    """
+    encoded = {text: encode(clip, text) for text in dict.fromkeys(texts)}
+    length = lcm(*(context.shape[1] for context, _ in encoded.values()))
+    contexts = [encoded[text][0] for text in texts]
+    pooled = [encoded[text][1] for text in texts]
+    return (torch.cat([context.repeat(1, length // context.shape[1], 1) for context in contexts]),
+            None if pooled[0] is None else torch.cat(pooled))
 
 
 def ready(clip: CLIP) -> CLIP:

@@ -19,6 +19,7 @@ from pathlib import Path
 import aiohttp
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # its choice decides which widgets follow, called `name.inner`
 AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")
 NOTES = ("Note", "MarkdownNote")
 
@@ -48,11 +49,13 @@ def named_widgets(values: list | dict, info: dict) -> dict:
     """Give widget values, which a workflow stores by position, their names."""
     if isinstance(values, dict):
         return {name: values[name] for name, _, _ in widgets(info) if name in values}
-    queue, named = list(values), {}
-    for name, kind, options in widgets(info):
-        if not queue:
-            break
+    queue, named, waiting = list(values), {}, list(widgets(info))
+    while queue and waiting:
+        name, kind, options = waiting.pop(0)
         named[name] = queue.pop(0)
+        if kind == DYNAMIC:
+            chosen = next(option for option in options["options"] if option["key"] == named[name])
+            waiting[:0] = [(f"{name}.{inner}", *rest) for inner, *rest in widgets({"input": chosen["inputs"]})]
         if kind == "INT" and queue and has_extra_widget(name, options) and queue[0] in AFTER_GENERATE:
             queue.pop(0)
         if options.get("image_upload") and queue:
@@ -66,8 +69,16 @@ def widgets(info: dict) -> Iterator[tuple[str, str, dict]]:
         for name, (kind, *rest) in info["input"].get(section, {}).items():
             options = rest[0] if rest else {}
             kind = "COMBO" if isinstance(kind, list) else kind
-            if kind in WIDGETS and not options.get("forceInput"):
+            if kind in (*WIDGETS, DYNAMIC) and not options.get("forceInput"):
                 yield name, kind, options
+
+
+def choose(inputs: dict, info: dict, name: str, key: str, **values) -> None:
+    """Make a choice that brings widgets of its own in a node's inputs, and give those `values` or their defaults."""
+    shown = next(option["inputs"] for option in info["input"]["required"][name][1]["options"] if option["key"] == key)
+    inputs[name] = key
+    for inner, _, options in widgets({"input": shown}):
+        inputs[f"{name}.{inner}"] = values.get(inner, options.get("default"))
 
 
 def has_extra_widget(name: str, options: dict) -> bool:

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from client import Client, ComfyError, to_prompt
+from client import Client, ComfyError, choose, to_prompt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 WORKFLOW = Path(__file__).parents[1] / "example_workflows" / "textual_inversion.json"
@@ -56,7 +56,8 @@ def demonstrate(client: Client, out: Path, steps: int | None) -> Path:
     info = client.object_info()
     prompt = to_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), info)
     trainer = prompt[find(prompt, TRAIN)]["inputs"]
-    trainer["steps"] = steps or trainer["steps"]
+    if steps:
+        choose(trainer, info[TRAIN], "preset", "own settings", steps=steps)
     words = (trainer["init_text"], trainer["placeholder"])
     photos, training = teach(client, prompt, info, out)
     prompt[find(prompt, "EmptyLatentImage")]["inputs"]["batch_size"] = PER_SCENE

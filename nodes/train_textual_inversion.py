@@ -8,12 +8,21 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
+from ..host.copies import memory_is_short
 from ..host.text import is_ordinary_word
 from ..textual_inversion.templates import BY_KIND, sentences
-from ..textual_inversion.train import Preview, Recipe, learn_word
+from ..textual_inversion.train import Keeping, Preview, Recipe, learn_word
 from ..textual_inversion.word import check_placeholder
+from ..training.dataset import gather
+from ..training.optimisers import OPTIMISERS, SCHEDULES
 from .sockets import Concept
 
+PRESETS = {  # chosen on the sample world's validation concepts with four photos
+    "balanced": {"steps": 500, "learning_rate": 0.005, "batch_size": 4},
+    "quick": {"steps": 200, "learning_rate": 0.01, "batch_size": 4},
+    "thorough": {"steps": 1500, "learning_rate": 0.003, "batch_size": 4},
+}
+OWN = "own settings"
 _stopped: Counter[str] = Counter()
 
 
@@ -29,8 +38,8 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
             description=(
                 "Learns a new word from a few photos of one thing. Nothing in the checkpoint changes: what is learned "
                 "are the numbers behind the word. Press Cancel to stop early: the word learned so far goes on to the "
-                "next nodes and is kept in output/concepts; press it again to stop those too. Queueing again trains "
-                "again."
+                "next nodes and is kept in output/concepts; press it again to stop those too. Queue again and it goes "
+                "on where it stopped."
             ),
             search_aliases=["textual inversion", "TI", "embedding", "train embedding", "learn word", "dreambooth",
                             "personalization", "concept"],
@@ -47,6 +56,14 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
                     "Three to ten photos of the thing, in different places and from different sides, the thing large "
                     "in each. A batch, or a list of any sizes; the middle square of each is used."
                 )),
+                io.Mask.Input("masks", optional=True, tooltip=(
+                    "Where the thing is, 1 on it, one mask for each photo: the rest of the photo then hardly counts. "
+                    "Load Image gives masks the other way round; put Invert Mask between."
+                )),
+                io.String.Input("captions", optional=True, force_input=True, tooltip=(
+                    "What each photo shows, one text for each, as dataset loaders give them. The word takes the place "
+                    "of {} or of the init text in it. Without a caption a photo gets the sentences below."
+                )),
                 io.String.Input("init_text", default="", placeholder="class word, such as: cat", tooltip=(
                     "The ordinary word or words that come closest, such as 'cat' or 'teapot'. Learning starts there; "
                     "the closer, the sooner it is done."
@@ -55,17 +72,12 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
                     "The word that prompts will use for it, such as <mine>. One word; in angle brackets it can never "
                     "be mistaken for another."
                 )),
-                io.Int.Input("steps", default=500, min=1, max=100000, tooltip=(
-                    "How many times the word is improved. A few hundred usually do; with more it copies the photos "
-                    "more closely and obeys the rest of the prompt less."
-                )),
-                io.Float.Input("learning_rate", default=0.005, min=0.0, max=1.0, step=0.0001, round=0.000001, tooltip=(
-                    "How far each step moves. Higher learns faster and forgets the class word sooner. It falls to a "
-                    "tenth towards the end."
-                )),
-                io.Int.Input("batch_size", default=4, min=1, max=64, tooltip=(
-                    "How many noisy photos each step looks at. More makes steadier steps and needs more memory and "
-                    "time."
+                io.DynamicCombo.Input("preset", options=[
+                    *(io.DynamicCombo.Option(name, []) for name in PRESETS),
+                    io.DynamicCombo.Option(OWN, _own_settings()),
+                ], tooltip=(
+                    "How long and how fast to learn. 'balanced' suits three to ten photos, 'quick' is for a first "
+                    "look, 'thorough' for a last one; 'own settings' shows the numbers behind."
                 )),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=(
                     "Decides noise, order and sentences. The same seed and photos give the same file, byte for byte."
@@ -88,9 +100,34 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
                 io.Boolean.Input("mirror", default=False, advanced=True, tooltip=(
                     "Also learn from mirrored photos. Off for anything with lettering or whose left and right differ."
                 )),
+                io.Int.Input("crops", default=0, min=0, max=16, advanced=True, tooltip=(
+                    "Also learn from so many random crops of each photo, three quarters of it or more. For photos "
+                    "that are all framed alike."
+                )),
+                io.Float.Input("mask_floor", default=0.1, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
+                    "How much the photo outside its mask counts. Above 0 the word also learns how the thing meets "
+                    "its surroundings. Without masks it does nothing."
+                )),
+                io.Float.Input("snr_cap", default=0.0, min=0.0, max=100.0, step=0.5, advanced=True, tooltip=(
+                    "Min-SNR weighting: bounds how much nearly clean pictures count. 5 is usual, 0 turns it off."
+                )),
                 io.Float.Input("keep_length", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
                     "How strongly the vectors are drawn back to the length of the init text's after each step. 0 lets "
                     "them grow: closer to the photos. Higher: obeys the prompt more."
+                )),
+                io.Combo.Input("save_memory", options=["auto", "on", "off"], default="auto", advanced=True, tooltip=(
+                    "Compute parts of the model twice instead of keeping them (gradient checkpointing): about half "
+                    "the memory, a third slower. 'auto' does so on cards with less than 20 GB."
+                )),
+                io.Int.Input("save_every", default=100, min=0, max=100000, advanced=True, tooltip=(
+                    "Keeps a state on disk every so many steps, from which the training goes on after a crash or "
+                    "Cancel. 0 keeps none."
+                )),
+                io.Int.Input("keep_states", default=2, min=1, max=100, advanced=True, tooltip=(
+                    "How many of the newest states to keep. A training that is done removes its own."
+                )),
+                io.Boolean.Input("resume", default=True, advanced=True, tooltip=(
+                    "Go on from the newest state when the very same training was stopped before. Off starts anew."
                 )),
                 io.Int.Input("preview_every", default=100, min=0, max=100000, advanced=True, tooltip=(
                     "A sample picture is drawn every so many steps. 0 draws only the first and the last."
@@ -126,15 +163,48 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
 
     @classmethod
     def execute(cls, **inputs) -> io.NodeOutput:
-        images = inputs["images"]
-        one = {name: values[0] for name, values in inputs.items()}
+        photos = gather(inputs["images"], *([item for item in inputs.get(name) or () if item is not None]
+                                            for name in ("masks", "captions")))
+        one = {name: values[0] for name, values in inputs.items() if isinstance(values, list) and values}
+        one |= chosen_pace(inputs["preset"])
         check_sockets(one)
         recipe, view = read_recipe(one), read_preview(one)
-        lesson = learn_word(one["model"], one["clip"], one["vae"], images, recipe, view)
+        keeping = Keeping(one["save_every"], one["keep_states"], one["resume"])
+        recompute = one["save_memory"] == "on" or one["save_memory"] == "auto" and memory_is_short(one["model"])
+        lesson = learn_word(one["model"], one["clip"], one["vae"], photos, recipe, view, keeping, recompute)
         if len(lesson.losses) < recipe.steps:
             _stopped[_widgets(inputs)] += 1
         page = torch.from_numpy(np.asarray(lesson.sheet, dtype=np.float32) / 255)[None]
         return io.NodeOutput(lesson.concept, {"loss": lesson.losses}, page)
+
+
+def _own_settings() -> list:
+    return [
+        io.Int.Input("steps", default=500, min=1, max=100000, tooltip=(
+            "How many times the word is improved. A few hundred usually do; with more it copies the photos "
+            "more closely and obeys the rest of the prompt less."
+        )),
+        io.Float.Input("learning_rate", default=0.005, min=0.0, max=1.0, step=0.0001, round=0.000001, tooltip=(
+            "How far each step moves. Higher learns faster and forgets the class word sooner. It falls to a "
+            "tenth towards the end."
+        )),
+        io.Int.Input("batch_size", default=4, min=1, max=64, tooltip=(
+            "How many noisy photos each step looks at. More makes steadier steps and needs more memory and "
+            "time."
+        )),
+        io.Int.Input("accumulation", default=1, min=1, max=64, tooltip=(
+            "How many batches make one step. A batch of 1 four times learns like a batch of 4, in the memory of 1."
+        )),
+        io.Combo.Input("schedule", options=list(SCHEDULES), default="cosine", tooltip=(
+            "How the learning rate falls to a tenth towards the end, or that it does not."
+        )),
+        io.Int.Input("warmup", default=0, min=0, max=10000, tooltip=(
+            "Over how many steps the learning rate rises at the start."
+        )),
+        io.Combo.Input("optimiser", options=list(OPTIMISERS), default="AdamW", tooltip=(
+            "What turns gradients into moves. AdamW suits nearly everything; SGD needs rates a hundred times as high."
+        )),
+    ]
 
 
 def check_sockets(one: dict) -> None:
@@ -148,6 +218,12 @@ def check_sockets(one: dict) -> None:
             f"{one['placeholder'].strip()!r} is a word the text encoder already knows; use one that is not, "
             f"such as <{one['placeholder'].strip()}>."
         )
+
+
+def chosen_pace(preset: dict) -> dict:
+    """Steps, rate and batch size of a preset, or the widgets that 'own settings' shows."""
+    values = {name: value[0] for name, value in preset.items()}
+    return PRESETS[values["preset"]] if values["preset"] != OWN else values
 
 
 def read_recipe(one: dict) -> Recipe:
@@ -166,8 +242,12 @@ def read_recipe(one: dict) -> Recipe:
         vectors=one["vectors"],
         sentences=sentences(one["sentences"], one["own_sentences"]),
         norm_pull=one["keep_length"],
+        snr_cap=one["snr_cap"],
+        mask_floor=one["mask_floor"],
         resolution=one["resolution"],
         mirror=one["mirror"],
+        crops=one["crops"],
+        **{name: one[name] for name in ("accumulation", "optimiser", "schedule", "warmup") if name in one},
     )
 
 
@@ -177,5 +257,6 @@ def read_preview(one: dict) -> Preview:
 
 
 def _widgets(inputs: dict) -> str:
-    values = {name: v[0] for name, v in inputs.items() if v and isinstance(v[0], str | int | float)}
-    return json.dumps(values, sort_keys=True)
+    firsts = {name: v[0] for name, v in inputs.items() if isinstance(v, list) and v}
+    widgets = {name: value for name, value in firsts.items() if isinstance(value, str | int | float)}
+    return json.dumps([widgets, inputs["preset"]], sort_keys=True)

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from concepts_pack.microworld.client import ComfyError, to_prompt
+from concepts_pack.microworld.client import ComfyError, choose, to_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -27,7 +27,7 @@ def example(info, name="textual_inversion", steps=2):
     prompt = to_prompt(json.loads(path.read_text(encoding="utf-8")), info)
     for node in prompt.values():
         if node["class_type"].startswith("ConceptsTrain"):
-            node["inputs"]["steps"] = steps
+            choose(node["inputs"], info[node["class_type"]], "preset", "own settings", steps=steps)
     return prompt
 
 

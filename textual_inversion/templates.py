@@ -1,5 +1,7 @@
 """Sentences around the word while it is learned; {} is its place."""
 
+import re
+
 OBJECT = (
     "{}",
     "a {}",
@@ -35,3 +37,13 @@ def sentences(kind: str, own: str) -> tuple[str, ...]:
 def fill(sentence: str, word: str) -> str:
     """Puts `word` at its place; other braces stay as they are, as dynamic-prompt users expect."""
     return sentence.replace("{}", word)
+
+
+def sentence_of(caption: str, placeholder: str, init_text: str) -> str:
+    """A photo's own caption as a sentence: the word goes where {} or the placeholder stands, else where the init text
+    does, else in front."""
+    for text in ("{}", placeholder, init_text):
+        pattern = re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
+        if pattern.search(caption):
+            return pattern.sub("{}", caption, count=1)
+    return f"{{}}, {caption}"

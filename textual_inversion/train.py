@@ -1,5 +1,6 @@
 """Learning a word from photos: what Textual Inversion adds to the loop."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -7,25 +8,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from ..host.bases import base_name
 from ..host.clip_overlay import with_words
-from ..host.copies import private_copies, settle
-from ..host.folders import unfinished_folder
-from ..host.objective import denoising_loss, timestep_count
+from ..host.copies import fingerprint, private_copies, settle
+from ..host.folders import states_folder, unfinished_folder
+from ..host.objective import denoising_error, timestep_count
 from ..host.pictures import sample_picture, vae_encode
 from ..host.progress import ProgressBar
 from ..host.sockets import CLIP, VAE, ModelPatcher
-from ..host.text import encode, rows
+from ..host.text import encode_all, rows
 from ..training import preview
-from ..training.dataset import cache_latents, single_photos, squares, working_side
+from ..training.dataset import Lessons, Photo, cache, squares, weighted_mean, working_side
 from ..training.draws import Batch
 from ..training.loop import Diverged, Plan, train
+from ..training.states import States
 from .concept import Concept, Word
 from .file import save
-from .templates import OBJECT, fill
+from .templates import OBJECT, fill, sentence_of
 from .word import spread, with_norm
 
 LARGEST_SIDE = 512
@@ -34,7 +37,11 @@ log = logging.getLogger("concepts")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what is learned, besides the models and the photos."""
+    """Everything that decides what is learned, besides the models and the photos.
+
+    `mask_floor` is the weight outside the masks, `snr_cap` the γ of min-SNR (0: off), `crops` the number of random
+    crops of each photo beside its largest square.
+    """
 
     placeholder: str
     init_text: str
@@ -47,6 +54,13 @@ class Recipe:
     norm_pull: float = 0.0
     resolution: int = 0
     mirror: bool = False
+    crops: int = 0
+    accumulation: int = 1
+    optimiser: str = "AdamW"
+    schedule: str = "cosine"
+    warmup: int = 0
+    snr_cap: float = 0.0
+    mask_floor: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,15 @@ class Preview:
     prompt: str = "a photo of a {}"
     cfg: float = 7.0
     steps: int = 20
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How a stopped training is continued: a state every `every` steps (0: none), the newest `keep` of them."""
+
+    every: int = 100
+    keep: int = 2
+    resume: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,8 +94,8 @@ class Lesson:
 class WordMethod:
     """The few numbers of a word as leaves on the private copies, and the loss they lower."""
 
-    def __init__(self, unet: ModelPatcher, clip: CLIP, recipe: Recipe) -> None:
-        self.recipe, self.model = recipe, unet.model
+    def __init__(self, unet: ModelPatcher, clip: CLIP, recipe: Recipe, lessons: Lessons) -> None:
+        self.recipe, self.model, self.weights = recipe, unet.model, lessons.weights
         device = clip.patcher.load_device
         self.leaves = {
             encoder: spread(start, recipe.vectors).clone().to(device).requires_grad_()
@@ -80,14 +103,19 @@ class WordMethod:
         }
         self.norms = {encoder: leaf.detach().norm(dim=1).mean() for encoder, leaf in self.leaves.items()}
         self.clip = with_words(clip, [Word(recipe.placeholder, recipe.init_text, self.leaves)])
+        self.captions = [c and sentence_of(c, recipe.placeholder, recipe.init_text) for c in lessons.captions]
 
     def parameters(self) -> list[dict[str, Any]]:
         return [{"params": list(self.leaves.values()), "lr": self.recipe.learning_rate}]
 
     def loss(self, batch: Batch) -> Tensor:
+        """Equation (2): the model's own loss under sentences with the word, of each sample (b)."""
         sentence = self.recipe.sentences[batch.lot % len(self.recipe.sentences)]
-        context, pooled = encode(self.clip, fill(sentence, self.recipe.placeholder))
-        return denoising_loss(self.model, batch.latents, batch.noise, batch.timesteps, context, pooled)
+        sentences = [self.captions[photo] or sentence for photo in batch.photos]
+        context, pooled = encode_all(self.clip, [fill(s, self.recipe.placeholder) for s in sentences])
+        error = denoising_error(self.model, batch.latents, batch.noise, batch.timesteps, context, pooled,
+                                self.recipe.snr_cap)
+        return weighted_mean(error, None if self.weights is None else self.weights[batch.photos, batch.views])
 
     def after_step(self) -> None:
         for encoder, leaf in self.leaves.items():
@@ -138,40 +166,67 @@ class Watcher:
 
 
 def learn_word(
-    model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tensor], recipe: Recipe, view: Preview
+    model: ModelPatcher, clip: CLIP, vae: VAE, photos: Sequence[Photo], recipe: Recipe, view: Preview,
+    keeping: Keeping | None = None, recompute: bool = False,
 ) -> Lesson:
-    """Learns `recipe.placeholder` from IMAGE batches (b h w c); `model`, `clip` and `vae` stay as they are.
+    """Learns `recipe.placeholder` from photos; `model`, `clip` and `vae` stay as they are.
 
-    Cancelled on the way, it keeps a file of what was learned so far in output/concepts and returns that.
+    Cancelled on the way, it keeps a file of what was learned so far in output/concepts and returns that. With
+    `keeping` the same training goes on where it was stopped, even by a crash, and ends as if it never had been.
+    `recompute` halves the memory and costs a third of the speed.
     Raises ValueError with one sentence for input it cannot learn from, and Diverged when the loss is lost.
     """
     base = base_name(model)
-    photos = single_photos(images)
-    photos = squares(photos, working_side(photos, recipe.resolution, LARGEST_SIDE))
-    latents = model.model.process_latent_in(cache_latents(lambda p: vae_encode(vae, p), photos, recipe.mirror))
-    with private_copies(model, clip) as (unet, text):
-        method = WordMethod(unet, text, recipe)
-        watcher = Watcher(method, unet, vae, latents.shape[2:], view)
+    side = working_side(photos, recipe.resolution, LARGEST_SIDE)
+    views = squares(photos, side, recipe.crops, recipe.mirror, recipe.seed)
+    lessons = cache(lambda pictures: model.model.process_latent_in(vae_encode(vae, pictures)), views, len(photos),
+                    recipe.mask_floor)
+    with private_copies(model, clip, recompute) as (unet, text):
+        lessons = _on(lessons, unet.load_device)
+        method = WordMethod(unet, text, recipe, lessons)
+        states = keeping and _states(keeping, recipe, lessons, fingerprint(unet, text.patcher))
+        watcher = Watcher(method, unet, vae, lessons.latents.shape[2:], view)
         watcher.sample(f"step 0: {recipe.init_text}")
-        latents = latents.to(unet.load_device).clone()  # made in inference mode until here
-        plan = Plan(recipe.steps, recipe.batch_size, recipe.seed, timestep_count(unet.model))
+        plan = Plan(recipe.steps, recipe.batch_size, recipe.seed, timestep_count(unet.model), recipe.accumulation,
+                    recipe.optimiser, recipe.schedule, recipe.warmup)
+        shown = views[::len(views) // len(photos)]
         try:
-            losses = train(method, latents, plan, watcher)
+            losses = train(method, lessons.latents, plan, watcher, states)
         except Diverged as error:
-            kept = _keep(_concept(method, base, watcher, error.losses, photos), len(error.losses))
+            kept = _keep(_concept(method, base, watcher, error.losses, shown), len(error.losses))
             raise Diverged(f"{error} What was learned before is kept in {kept}.", error.losses) from error
         if len(losses) < recipe.steps:
             try:
                 watcher.sample(f"stopped at step {len(losses)}")
             finally:  # also when Cancel is pressed a second time
-                kept = _keep(_concept(method, base, watcher, losses, photos), len(losses))
+                kept = _keep(_concept(method, base, watcher, losses, shown), len(losses))
                 log.info("Training stopped after %d of %d steps; kept in %s", len(losses), recipe.steps, kept)
-        concept = _concept(method, base, watcher, losses, photos)
-    return Lesson(concept, losses, _sheet(photos, watcher, losses))
+        concept = _concept(method, base, watcher, losses, shown)
+    return Lesson(concept, losses, _sheet(shown, watcher, losses))
 
 
-def _concept(method: WordMethod, base: str, watcher: Watcher, losses: list[float], photos: Tensor) -> Concept:
-    recipe = asdict(method.recipe) | {"photos": len(photos), "side": photos.shape[1], "steps_done": len(losses)}
+def _on(lessons: Lessons, device: torch.device) -> Lessons:
+    """Ordinary tensors on the training device, whatever mode they were made in."""
+    weights = None if lessons.weights is None else lessons.weights.to(device).clone()
+    return Lessons(lessons.latents.to(device).clone(), weights, lessons.captions)
+
+
+def _states(keeping: Keeping, recipe: Recipe, lessons: Lessons, weights: str) -> States:
+    """The states of exactly this training: same recipe, photos, masks, captions and weights."""
+    digest = hashlib.sha256(f"{weights} {json.dumps(asdict(recipe), sort_keys=True)} {lessons.captions}".encode())
+    for tensor in (lessons.latents, lessons.weights):
+        digest.update(b"none" if tensor is None else tensor.cpu().numpy().tobytes())
+    name = recipe.placeholder.strip("<>")
+    states = States(states_folder(), f"{name}-{digest.hexdigest()[:16]}", keeping.every, keeping.keep)
+    if not keeping.resume:
+        states.clear()
+    return states
+
+
+def _concept(method: WordMethod, base: str, watcher: Watcher, losses: list[float],
+             photos: Sequence[Photo]) -> Concept:
+    side = photos[0].picture.shape[0]
+    recipe = asdict(method.recipe) | {"photos": len(photos), "side": side, "steps_done": len(losses)}
     return Concept((method.word(),), metadata={
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{base}/textual-inversion",
@@ -187,7 +242,7 @@ def _keep(concept: Concept, steps: int) -> Path:
     return save(concept, unfinished_folder(), f"{name}-step{steps}")
 
 
-def _sheet(photos: Tensor, watcher: Watcher, losses: list[float]) -> Image.Image:
+def _sheet(photos: Sequence[Photo], watcher: Watcher, losses: list[float]) -> Image.Image:
     recipe = watcher.method.recipe
     title = f"{recipe.placeholder} from {len(photos)} photos, {len(losses)} of {recipe.steps} steps: “{watcher.prompt}”"
-    return preview.sheet([preview.to_pil(p) for p in photos], watcher.samples, losses, recipe.steps, title)
+    return preview.sheet([preview.to_pil(p.picture) for p in photos], watcher.samples, losses, recipe.steps, title)

@@ -1,56 +1,142 @@
 """Photos of any size to latents of one size, computed once before the first step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import median
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 STRIDE = 64  # eight pixels per latent cell times the UNet's three halvings
 SMALLEST = 32
+SMALLEST_CROP = 0.75  # of the short side
 
 
-def single_photos(batches: Sequence[Tensor]) -> list[Tensor]:
-    """IMAGE batches (b h w c) as a list of RGB photos (h w 3); grey is spread, alpha dropped.
+@dataclass(frozen=True)
+class Photo:
+    """One photo (h w 3) in 0..1, where its subject is (h w) if known, and its caption, which may be empty."""
 
-    Raises ValueError when there is none, or one is smaller than 32 pixels a side.
+    picture: Tensor
+    mask: Tensor | None = None
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a method trains on: latents (n v c h w) of n photos in v views, the loss weight of each place
+    (n v 1 h w) if masks are known, and the caption of each photo."""
+
+    latents: Tensor
+    weights: Tensor | None
+    captions: tuple[str, ...]
+
+
+def gather(images: Sequence[Tensor], masks: Sequence[Tensor] = (), captions: Sequence[str] = ()) -> list[Photo]:
+    """Photos out of IMAGE batches (b h w c), MASK batches (b h w), 1 on the subject, and captions.
+
+    Grey is spread to RGB; alpha becomes the mask where none is given. A mask that is 0 everywhere counts as none, as
+    Load Image gives one for pictures without alpha. Raises ValueError that names the photo and what is wrong with it.
     """
-    photos = [_rgb(photo) for batch in batches for photo in batch]
-    if not photos:
+    pictures = [picture for batch in images for picture in batch]
+    single_masks = [mask for batch in masks for mask in batch.reshape(-1, *batch.shape[-2:])]
+    if not pictures:
         raise ValueError("There are no images to learn from; connect at least one photo.")
-    for number, (height, width, _) in enumerate((photo.shape for photo in photos), 1):
-        if min(height, width) < SMALLEST:
-            raise ValueError(f"Image {number} is {width}×{height} pixels; at least {SMALLEST} a side are needed.")
-    return photos
+    for what, given in (("masks", single_masks), ("captions", captions)):
+        if given and len(given) != len(pictures):
+            raise ValueError(f"There are {len(given)} {what} for {len(pictures)} images; give one for each, or none.")
+    single_masks, captions = single_masks or [None] * len(pictures), captions or [""] * len(pictures)
+    return [_photo(number, *parts)
+            for number, parts in enumerate(zip(pictures, single_masks, captions, strict=True), 1)]
 
 
-def working_side(photos: Sequence[Tensor], asked: int, largest: int) -> int:
+def working_side(photos: Sequence[Photo], asked: int, largest: int) -> int:
     """The side of the training square in pixels: `asked`, or for 0 the photos' own size up to `largest`."""
-    own = int(median(min(photo.shape[:2]) for photo in photos))
+    own = int(median(min(photo.picture.shape[:2]) for photo in photos))
     side = asked or min(own, largest)
     return max(STRIDE, side // STRIDE * STRIDE)
 
 
-def squares(photos: Sequence[Tensor], side: int) -> Tensor:
-    """The middle square of each photo (h w 3) at the working size (n side side 3)."""
-    return torch.stack([_square(photo, side) for photo in photos])
+def squares(photos: Sequence[Photo], side: int, crops: int = 0, mirror: bool = False, seed: int = 0) -> list[Photo]:
+    """Every view of every photo as a square of the working size, those of a photo side by side.
+
+    The first view is the largest square, in the middle or around the mask; `crops` random smaller ones follow, then
+    with `mirror` the mirrored twins of all of them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    views = []
+    for photo in photos:
+        own = [_cut(photo, *box, side) for box in _boxes(photo, crops, generator)]
+        views += own + ([_mirrored(view) for view in own] if mirror else [])
+    return views
 
 
-def cache_latents(encode: Callable[[Tensor], Tensor], photos: Tensor, mirror: bool) -> Tensor:
-    """Photos (n h w 3) through `encode` to (n v c h' w'); v is 2 with mirrored twins, else 1."""
-    variants = [photos, photos.flip(2)] if mirror else [photos]
-    return torch.stack([encode(variant) for variant in variants], dim=1)
+def cache(encode: Callable[[Tensor], Tensor], views: Sequence[Photo], photos: int, floor: float) -> Lessons:
+    """Squares of `photos` photos, as `squares` gives them, through `encode` (b h w 3) -> (b c h w).
+
+    Outside its mask a photo counts with the weight `floor`.
+    """
+    latents = encode(torch.stack([view.picture for view in views]))
+    weights = None
+    if any(view.mask is not None for view in views):
+        masks = torch.stack([torch.ones(view.picture.shape[:2]) if view.mask is None else view.mask for view in views])
+        weights = floor + (1 - floor) * adaptive_avg_pool2d(masks[:, None].to(latents), latents.shape[-2:])
+        weights = weights.unflatten(0, (photos, -1))
+    each = len(views) // photos
+    return Lessons(latents.unflatten(0, (photos, -1)), weights, tuple(view.caption for view in views[::each]))
 
 
-def _rgb(photo: Tensor) -> Tensor:
-    return photo[..., :3] if photo.shape[-1] >= 3 else photo[..., :1].expand(-1, -1, 3)
+def weighted_mean(error: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean of squared errors (b c h w) under weights (b 1 h w), each sample by its own weight's sum -> (b)."""
+    if weights is None:
+        return error.flatten(1).mean(1)
+    return (error.mean(1, keepdim=True) * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
 
 
-def _square(photo: Tensor, side: int) -> Tensor:
-    height, width, _ = photo.shape
-    crop = min(height, width)
-    top, left = (height - crop) // 2, (width - crop) // 2
-    middle = photo[None, top:top + crop, left:left + crop].permute(0, 3, 1, 2).float()  # (1 3 crop crop)
-    resized = interpolate(middle, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
-    return resized[0].permute(1, 2, 0)  # (side side 3)
+def _photo(number: int, picture: Tensor, mask: Tensor | None, caption: str) -> Photo:
+    height, width, channels = picture.shape
+    if min(height, width) < SMALLEST:
+        raise ValueError(f"Image {number} is {width}×{height} pixels; at least {SMALLEST} a side are needed.")
+    if not bool(picture.isfinite().all()):
+        raise ValueError(f"Image {number} holds values that are not numbers.")
+    if mask is None and channels == 4:
+        mask = picture[..., 3]
+    if mask is not None and not bool(mask.any()):
+        mask = None
+    if mask is not None and mask.shape != (height, width):
+        raise ValueError(f"Mask {number} is {mask.shape[1]}×{mask.shape[0]} pixels, image {number} {width}×{height}; "
+                         "they must be of one size.")
+    rgb = picture[..., :3] if channels >= 3 else picture[..., :1].expand(-1, -1, 3)
+    return Photo(rgb, mask, caption.strip())
+
+
+def _boxes(photo: Photo, crops: int, generator: torch.Generator) -> Iterator[tuple[int, int, int]]:
+    """Top, left and side of each square to cut out."""
+    height, width, _ = photo.picture.shape
+    short = min(height, width)
+    centre = (height / 2, width / 2)
+    if photo.mask is not None:
+        ys, xs = photo.mask.nonzero(as_tuple=True)
+        centre = (ys.float().mean().item(), xs.float().mean().item())
+    yield (_start(centre[0], short, height), _start(centre[1], short, width), short)
+    for scale, y, x in torch.rand(crops, 3, generator=generator).tolist():
+        crop = max(1, round(short * (SMALLEST_CROP + (1 - SMALLEST_CROP) * scale)))
+        yield (round(y * (height - crop)), round(x * (width - crop)), crop)
+
+
+def _start(centre: float, crop: int, length: int) -> int:
+    return min(max(0, round(centre - crop / 2)), length - crop)
+
+
+def _cut(photo: Photo, top: int, left: int, crop: int, side: int) -> Photo:
+    def cut(picture: Tensor) -> Tensor:
+        part = picture[None, top:top + crop, left:left + crop].permute(0, 3, 1, 2).float()  # (1 c crop crop)
+        resized = interpolate(part, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        return resized[0].permute(1, 2, 0)  # (side side c)
+
+    mask = None if photo.mask is None else cut(photo.mask[..., None])[..., 0]
+    return Photo(cut(photo.picture), mask, photo.caption)
+
+
+def _mirrored(photo: Photo) -> Photo:
+    return Photo(photo.picture.flip(1), None if photo.mask is None else photo.mask.flip(1), photo.caption)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's material: `latents` and `noise` (b c h w), `timesteps` and `photos` (b).
+    """One step's material: `latents` and `noise` (b c h w), `timesteps` (b), the `photos` and `views` (b) they are of.
 
     `lot` is a random number for a choice of the method's own, such as a sentence.
     """
@@ -18,27 +18,29 @@ class Batch:
     noise: Tensor
     timesteps: Tensor
     photos: Tensor
+    views: Tensor
     lot: int
 
 
 def draw(latents: Tensor, levels: int, batch_size: int, seed: int, step: int) -> Batch:
-    """Draws step `step` of the run `seed` from cached `latents` (n v c h w), where v are mirror variants.
+    """Draws step `step` of the run `seed` from cached `latents` (n v c h w), where v are views of a photo.
 
     Photos come in shuffled rounds, each once per round. One noise level is drawn from each of `batch_size` equal
     parts of the `levels`, which keeps every level equally likely and the loss of a batch steadier.
     """
     generator = _generator(seed, "step", step)
     photos = _photos(len(latents), batch_size, seed, step)
-    variants = torch.randint(latents.shape[1], (batch_size,), generator=generator)
+    views = torch.randint(latents.shape[1], (batch_size,), generator=generator)
     strata = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
     noise = torch.randn(batch_size, *latents.shape[2:], generator=generator)
     lot = int(torch.randint(2**31, (1,), generator=generator))
     where = latents.device
     return Batch(
-        latents=latents[photos.to(where), variants.to(where)],
+        latents=latents[photos.to(where), views.to(where)],
         noise=noise.to(where),
         timesteps=(strata * levels).long().clamp(max=levels - 1).to(where),
         photos=photos,
+        views=views,
         lot=lot,
     )
 

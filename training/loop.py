@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import cos, isfinite, pi
+from math import isfinite
 from typing import Any, Protocol
 
 import torch
@@ -10,13 +10,15 @@ from torch import Tensor
 
 from ..host.progress import Cancelled, stop_if_cancelled
 from .draws import Batch, draw
+from .optimisers import OPTIMISERS, learning_rate_factor
+from .states import States
 
 
 class Method(Protocol):
     """What a method brings: its few parameters, its loss, and what must hold between steps."""
 
     def parameters(self) -> list[dict[str, Any]]:
-        """AdamW parameter groups, each with its own peak `lr`."""
+        """Parameter groups of the optimiser, each with its own peak `lr`."""
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of each sample (b)."""
@@ -27,12 +29,19 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and on what scale to train; `levels` is the number of noise levels of the model."""
+    """How long and on what scale to train.
+
+    `levels` is the number of noise levels of the model; `accumulation` batches make one step.
+    """
 
     steps: int
     batch_size: int
     seed: int
     levels: int
+    accumulation: int = 1
+    optimiser: str = "AdamW"
+    schedule: str = "cosine"
+    warmup: int = 0
 
 
 class Diverged(ValueError):
@@ -53,41 +62,56 @@ class NoGradient(RuntimeError):
         )
 
 
-def train(method: Method, latents: Tensor, plan: Plan, watch: Callable[[list[float]], None]) -> list[float]:
+def train(
+    method: Method, latents: Tensor, plan: Plan, watch: Callable[[list[float]], None], states: States | None = None
+) -> list[float]:
     """Trains `method` on cached `latents` (n v c h w) and returns the loss of each step.
 
+    With `states` it goes on from the newest one, keeps new ones, and removes them once it is done.
     Cancelled after at least one step, it returns the losses so far: what was learned stays in the method.
     `watch` sees the losses after each step. Raises Diverged or NoGradient.
     """
-    optimiser = torch.optim.AdamW(method.parameters(), weight_decay=0.0)
+    optimiser = OPTIMISERS[plan.optimiser](method.parameters())
     peaks = [group["lr"] for group in optimiser.param_groups]
-    losses: list[float] = []
+    losses = states.restore(optimiser) if states else []
     try:
-        for step in range(plan.steps):
+        while len(losses) < plan.steps:
             stop_if_cancelled()
+            step = len(losses)
+            factor = learning_rate_factor(plan.schedule, plan.warmup, step, plan.steps)
             for group, peak in zip(optimiser.param_groups, peaks, strict=True):
-                group["lr"] = peak * learning_rate_factor(step, plan.steps)
-            batch = draw(latents, plan.levels, plan.batch_size, plan.seed, step)
-            loss = method.loss(batch).mean()
-            if not loss.requires_grad:
-                raise NoGradient()
-            optimiser.zero_grad()
-            loss.backward()
-            value = loss.item()  # waits for the device
+                group["lr"] = peak * factor
+            value = _gradients(method, latents, plan, optimiser, step)
             _check(value, optimiser, losses)
             optimiser.step()
             method.after_step()
             losses.append(value)
+            if states and states.every and len(losses) % states.every == 0 and len(losses) < plan.steps:
+                states.save(losses, optimiser)
             watch(losses)
     except Cancelled:
         if not losses:
             raise
+        if states and states.every and len(losses) < plan.steps:
+            states.save(losses, optimiser)
+    else:
+        if states:
+            states.clear()
     return losses
 
 
-def learning_rate_factor(step: int, steps: int) -> float:
-    """Half a cosine from 1 down to 0.1: large moves first, settling at the end."""
-    return 0.55 + 0.45 * cos(pi * step / max(1, steps - 1))
+def _gradients(method: Method, latents: Tensor, plan: Plan, optimiser: torch.optim.Optimizer, step: int) -> float:
+    """Leaves the gradients of one step in the parameters and returns its loss."""
+    optimiser.zero_grad()
+    total = 0.0
+    for part in range(plan.accumulation):
+        batch = draw(latents, plan.levels, plan.batch_size, plan.seed, step * plan.accumulation + part)
+        loss = method.loss(batch).mean() / plan.accumulation
+        if not loss.requires_grad:
+            raise NoGradient()
+        loss.backward()
+        total += loss.item()  # waits for the device
+    return total
 
 
 def _check(loss: float, optimiser: torch.optim.Optimizer, losses: list[float]) -> None:

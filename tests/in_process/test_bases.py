@@ -10,11 +10,12 @@ import pytest
 import torch
 from concepts_pack.host.bases import base_name
 from concepts_pack.host.copies import private_copies
-from concepts_pack.host.objective import denoising_loss
+from concepts_pack.host.objective import denoising_error
 from concepts_pack.host.text import encode
 from concepts_pack.textual_inversion.apply import apply_words
 from concepts_pack.textual_inversion.file import load, save
 from concepts_pack.textual_inversion.train import Preview, Recipe, WordMethod, learn_word
+from concepts_pack.training.dataset import Lessons, gather
 from concepts_pack.training.loop import Plan, train
 
 ENCODERS = {"SD20": {"clip_h"}, "SDXL": {"clip_l", "clip_g"}}
@@ -29,7 +30,7 @@ def output(tmp_path, monkeypatch):
 def test_a_word_is_learned_saved_and_used(other_base, vae, photos, tmp_path):
     name, model, clip = other_base
     with torch.inference_mode():
-        lesson = learn_word(model, clip, vae, [photos], RECIPE, Preview(every=0, steps=1))
+        lesson = learn_word(model, clip, vae, gather([photos]), RECIPE, Preview(every=0, steps=1))
     (word,) = lesson.concept.words
     assert word.vectors.keys() == ENCODERS[name] and len(lesson.losses) == 3
     assert lesson.concept.metadata["modelspec.base_model"] == name
@@ -44,7 +45,7 @@ def test_every_encoder_learns(other_base):
     name, model, clip = other_base
     latents = torch.randn(1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with private_copies(model, clip) as (unet, text):
-        method = WordMethod(unet, text, RECIPE)
+        method = WordMethod(unet, text, RECIPE, Lessons(latents, None, ("",)))
         before = method.word()
         train(method, latents, Plan(steps=2, batch_size=2, seed=0, levels=1000), lambda losses: None)
         after = method.word()
@@ -57,7 +58,7 @@ def test_base_and_encoders_keep_every_bit(other_base, vae, photos):
     _, model, clip = other_base
     parts = model.model, clip.cond_stage_model
     before = [copy.deepcopy(part.state_dict()) for part in parts]
-    learn_word(model, clip, vae, [photos], RECIPE, Preview(every=0, steps=1))
+    learn_word(model, clip, vae, gather([photos]), RECIPE, Preview(every=0, steps=1))
     for part, saved in zip(parts, before, strict=True):
         assert all(torch.equal(saved[key], value) for key, value in part.state_dict().items())
 
@@ -69,7 +70,7 @@ def test_sdxl_hears_of_the_pooled_text_and_of_the_picture_size(other_base):
     with torch.no_grad(), torch.inference_mode(False):
         context, pooled = encode(clip, "a cat")
         latents, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        plain, otherwise = (denoising_loss(unet, latents, noise, torch.tensor([300]), context, pooled + shift)
+        plain, otherwise = (denoising_error(unet, latents, noise, torch.tensor([300]), context, pooled + shift)
                             for shift in (0, 1))
     assert not torch.allclose(plain, otherwise)
     sizes = [unet.extra_conds(cross_attn=context, pooled_output=pooled, noise=noise, device=noise.device, width=w,

@@ -6,7 +6,8 @@ import weakref
 import comfy.model_management
 import pytest
 import torch
-from concepts_pack.host.copies import private_copies
+from concepts_pack.host.copies import fingerprint, private_copies
+from concepts_pack.host.objective import denoising_error
 from concepts_pack.host.text import encode
 
 
@@ -73,3 +74,38 @@ def test_a_loader_that_cannot_load_again_is_named(model, clip):
     with pytest.raises(ValueError, match="The MODEL comes from a loader that cannot load it a second time"):
         with private_copies(once, clip):
             pass
+
+
+def one_step(model, clip, recompute):
+    """Loss, its gradient in the context, and how many numbers were kept for the backward pass."""
+    generator, kept = torch.Generator().manual_seed(0), []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    latents, noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
+    context = torch.randn(1, 77, 32, generator=generator, requires_grad=True)
+    with private_copies(model, clip, recompute) as (unet, _):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = denoising_error(unet.model, latents, noise, torch.tensor([100, 700]), context, None).mean()
+        loss.backward()
+    return loss.item(), context.grad, sum(kept)
+
+
+def test_recomputing_gives_the_same_loss_and_gradients(model, clip):
+    plain, gradient, all_kept = one_step(model, clip, recompute=False)
+    again, same, few_kept = one_step(model, clip, recompute=True)
+    assert plain == again and torch.equal(gradient, same) and gradient.any()
+    assert few_kept < all_kept / 2
+
+
+def test_a_fingerprint_tells_loras_and_checkpoints_apart(model, velocity_model, clip):
+    lora = model.clone()
+    key = "diffusion_model.input_blocks.0.0.weight"
+    lora.add_patches({key: (torch.ones(lora.model.get_parameter(key).shape),)}, 0.5)
+    found = []
+    for patcher in (model, model, lora):
+        with private_copies(patcher, clip) as (unet, text):
+            found.append(fingerprint(unet, text.patcher))
+    assert found[0] == found[1] != found[2]

@@ -9,8 +9,8 @@ LATENTS = torch.arange(5 * 2 * 4, dtype=torch.float32).view(5, 2, 1, 2, 2)
 
 
 def same(a, b):
-    return all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("latents", "noise", "timesteps", "photos")) \
-        and a.lot == b.lot
+    fields = ("latents", "noise", "timesteps", "photos", "views")
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in fields) and a.lot == b.lot
 
 
 def test_any_step_can_be_made_again():
@@ -45,6 +45,6 @@ def test_all_levels_are_equally_likely():
     assert shares.min() > 0.08 and shares.max() < 0.12
 
 
-def test_mirror_variants_are_both_used():
+def test_all_views_are_used():
     firsts = {draw(LATENTS, 10, 1, 0, step).latents.flatten()[0].item() for step in range(60)}
     assert firsts == set(LATENTS[:, :, 0, 0, 0].flatten().tolist())

@@ -13,17 +13,23 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+OWN = "own settings"
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = Path(__file__).with_name("schema.json")
 extension = asyncio.run(concepts_pack.comfy_entrypoint())
 NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
 
 
+def flat(inputs):
+    """All inputs, also those that a choice brings up."""
+    return [inner for i in inputs for inner in i.get_all()]
+
+
 def schema(node):
     """What saved workflows depend on: ids, order and types."""
     described = node.GET_SCHEMA()
     return {
-        "inputs": [[i.id, i.get_io_type()] for i in described.inputs],
+        "inputs": [[i.id, i.get_io_type()] for i in flat(described.inputs)],
         "outputs": [[o.id, o.get_io_type()] for o in described.outputs],
     }
 
@@ -48,8 +54,15 @@ def training(model, clip, vae, photos):
     inputs = {"model": model, "clip": clip, "vae": vae, "images": photos, "init_text": "cat"}
     for widget in NODES["ConceptsTrainTextualInversion"].GET_SCHEMA().inputs:
         inputs.setdefault(widget.id, getattr(widget, "default", None))
-    inputs |= {"steps": 2, "batch_size": 1, "preview_every": 0, "preview_steps": 1}
-    return {name: [value] for name, value in inputs.items()}
+    inputs |= {"preview_every": 0, "preview_steps": 1, "masks": None, "captions": None}
+    return {name: [value] for name, value in inputs.items()} | {"preset": own(steps=2)}
+
+
+def own(**changes):
+    """The preset widget at 'own settings', with the numbers it shows."""
+    preset = next(i for i in NODES["ConceptsTrainTextualInversion"].GET_SCHEMA().inputs if i.id == "preset")
+    shown = {widget.id: widget.default for widget in preset.options[-1].inputs}
+    return {name: [value] for name, value in {"preset": OWN, **shown, "batch_size": 1, **changes}.items()}
 
 
 def test_schema_is_that_of_the_snapshot():
@@ -65,7 +78,7 @@ def test_everything_is_explained(node_id):
     described = NODES[node_id].GET_SCHEMA()
     assert node_id.startswith("Concepts") and described.category.startswith("concepts/")
     assert described.description and described.search_aliases and described.display_name
-    for socket in [*described.inputs, *described.outputs]:
+    for socket in [*flat(described.inputs), *described.outputs]:
         assert socket.tooltip and socket.tooltip.endswith("."), socket.id
 
 
@@ -73,8 +86,8 @@ def test_everything_is_explained(node_id):
 def test_help_page_names_every_widget_and_output(node_id):
     page = (ROOT / concepts_pack.WEB_DIRECTORY / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
     described = NODES[node_id].GET_SCHEMA()
-    missing = [s.id for s in [*described.inputs, *described.outputs] if f"**{(s.display_name or s.id)}**" not in page]
-    assert not missing
+    sockets = [*flat(described.inputs), *described.outputs]
+    assert not [s.id for s in sockets if f"**{(s.display_name or s.id)}**" not in page]
     for picture in [part.split(")")[0] for part in page.split("](")[1:]]:
         assert picture.startswith("http") or (ROOT / "web" / "docs" / picture).exists()
 
@@ -85,7 +98,7 @@ def test_translations_fit_the_nodes(path):
     assert translated.keys() == NODES.keys()
     for node_id, texts in translated.items():
         described = NODES[node_id].GET_SCHEMA()
-        assert texts["inputs"].keys() == {i.id for i in described.inputs}
+        assert texts["inputs"].keys() == {i.id for i in flat(described.inputs)}
         assert texts["outputs"].keys() == {str(number) for number in range(len(described.outputs))}
 
 
@@ -142,12 +155,13 @@ def test_only_a_cancelled_training_is_trained_again(training):
     comfy.utils.set_progress_bar_global_hook(
         lambda *_, **__: comfy.model_management.interrupt_current_processing(True))
     try:
-        losses = node.execute(**(training | {"steps": [40]})).result[1]
+        losses = node.execute(**(training | {"preset": own(steps=40)})).result[1]
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
         comfy.model_management.interrupt_current_processing(False)
     assert len(losses["loss"]) < 40
-    assert node.fingerprint_inputs(**(widgets | {"steps": [40]})) != before == node.fingerprint_inputs(**widgets)
+    stopped = widgets | {"preset": own(steps=40)}
+    assert node.fingerprint_inputs(**stopped) != before == node.fingerprint_inputs(**widgets)
 
 
 @pytest.mark.parametrize(("widget", "value", "complaint"), [
@@ -164,9 +178,13 @@ def test_only_a_cancelled_training_is_trained_again(training):
     ("vae", None, "no VAE"),
     ("images", torch.zeros(0, 64, 64, 3), "no images"),
     ("images", torch.zeros(1, 1, 1, 3), "1×1 pixels"),
+    ("images", torch.full((1, 64, 64, 3), float("nan")), "Image 1 holds values that are not numbers"),
+    ("masks", torch.ones(2, 64, 64), "2 masks for 3 images; give one for each, or none"),
+    ("masks", torch.ones(3, 32, 64), "Mask 1 is 64×32 pixels, image 1 64×64; they must be of one size"),
+    ("captions", "a cat", "1 captions for 3 images"),
 ])
 def test_what_cannot_be_trained_is_said_in_one_sentence(training, widget, value, complaint):
-    inputs = training | {widget: [value]}
+    inputs = training | ({"preset": own(learning_rate=value)} if widget == "learning_rate" else {widget: [value]})
     if complaint is None:
         run("ConceptsTrainTextualInversion", **inputs)
         return

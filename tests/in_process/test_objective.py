@@ -3,13 +3,17 @@
 import comfy.model_sampling
 import pytest
 import torch
-from concepts_pack.host.objective import denoising_loss, output_scale, timestep_count
+from concepts_pack.host.objective import denoising_error, output_scale, signal_to_noise, timestep_count
 
 
 def material(seed=0):
     generator = torch.Generator().manual_seed(seed)
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
     return latents, noise, torch.tensor([20, 500, 990]), torch.randn(1, 77, 32, generator=generator)
+
+
+def loss(*arguments, **options):
+    return denoising_error(*arguments, **options).mean((1, 2, 3))
 
 
 def network(model, noisy, timesteps, context):
@@ -32,17 +36,32 @@ def test_equals_the_training_formula(model, velocity_model, kind):
     target = noise if kind == "noise" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
     with torch.inference_mode():
         expected = (network(base, noisy, timesteps, context) - target).square().mean((1, 2, 3))
-        ours = denoising_loss(base, latents, noise, timesteps, context, None)
+        ours = loss(base, latents, noise, timesteps, context, None)
     assert ours.shape == (3,)
     torch.testing.assert_close(ours, expected, rtol=2e-4, atol=1e-5)
 
 
-def test_scale_of_a_flow_model():
-    class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
-        pass
+@pytest.mark.parametrize("kind", ["noise", "velocity"])
+def test_min_snr_is_that_of_its_paper(model, velocity_model, kind):
+    """Section 3.4: min(SNR, γ) / SNR on noise predictions, min(SNR, γ) / (SNR + 1) on velocity predictions."""
+    base = (model if kind == "noise" else velocity_model).model
+    latents, noise, timesteps, context = material()
+    alpha = alphas(base, timesteps).flatten()
+    snr = alpha / (1 - alpha)
+    share = snr.clamp(max=5) / (snr if kind == "noise" else snr + 1)
+    with torch.inference_mode():
+        plain, capped = (loss(base, latents, noise, timesteps, context, None, snr_cap=cap) for cap in (0.0, 5.0))
+    torch.testing.assert_close(capped, plain * share, rtol=1e-3, atol=1e-6)
 
+
+class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """The schedule of flow models."""
+
+
+def test_scale_of_a_flow_model():
     sigma = torch.tensor([0.1, 0.9])
     torch.testing.assert_close(output_scale(Flow(), sigma), -sigma)
+    torch.testing.assert_close(signal_to_noise(Flow(), sigma), ((1 - sigma) / sigma) ** 2)
 
 
 def test_levels(model):
@@ -52,7 +71,7 @@ def test_levels(model):
 def test_samples_do_not_see_each_other(model):
     latents, noise, timesteps, context = material()
     with torch.inference_mode():
-        together = denoising_loss(model.model, latents, noise, timesteps, context, None)
-        alone = [denoising_loss(model.model, latents[i:i + 1], noise[i:i + 1], timesteps[i:i + 1], context, None)
+        together = loss(model.model, latents, noise, timesteps, context, None)
+        alone = [loss(model.model, latents[i:i + 1], noise[i:i + 1], timesteps[i:i + 1], context, None)
                  for i in range(3)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-6)

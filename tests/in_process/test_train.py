@@ -8,10 +8,12 @@ import folder_paths
 import pytest
 import torch
 from concepts_pack.host.copies import private_copies
+from concepts_pack.host.objective import denoising_error
 from concepts_pack.host.progress import Cancelled
-from concepts_pack.host.text import rows
+from concepts_pack.host.text import encode, rows
 from concepts_pack.textual_inversion.file import load, to_bytes
 from concepts_pack.textual_inversion.train import Preview, Recipe, WordMethod, learn_word
+from concepts_pack.training.dataset import Lessons, gather
 from concepts_pack.training.draws import draw
 from concepts_pack.training.loop import Diverged, NoGradient, Plan, train
 
@@ -45,7 +47,8 @@ def mean_loss(method, latents, steps):
 def test_it_learns(velocity_model, clip):
     latents = torch.randn(1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with private_copies(velocity_model, clip) as (unet, text):
-        method = WordMethod(unet, text, recipe(vectors=4, learning_rate=0.03, steps=40, sentences=("{}",)))
+        settings = recipe(vectors=4, learning_rate=0.03, steps=40, sentences=("{}",))
+        method = WordMethod(unet, text, settings, Lessons(latents, None, ("",)))
         before = mean_loss(method, latents, 8)
         train(method, latents, Plan(steps=40, batch_size=4, seed=0, levels=1000), lambda losses: None)
         assert mean_loss(method, latents, 8) < before * 0.95
@@ -53,7 +56,7 @@ def test_it_learns(velocity_model, clip):
 
 def test_same_seed_same_file_and_other_seed_another(model, clip, vae, photos):
     with torch.inference_mode():
-        first, again, other = (learn_word(model, clip, vae, [photos], recipe(seed=s), QUICK) for s in (5, 5, 6))
+        first, again, other = (learn_word(model, clip, vae, gather([photos]), recipe(seed=s), QUICK) for s in (5, 5, 6))
     assert to_bytes(first.concept) == to_bytes(again.concept) != to_bytes(other.concept)
     assert first.losses == again.losses != other.losses and len(first.losses) == 4
     assert first.sheet.tobytes() == again.sheet.tobytes()
@@ -61,31 +64,53 @@ def test_same_seed_same_file_and_other_seed_another(model, clip, vae, photos):
 
 def test_previews_do_not_change_what_is_learned(model, clip, vae, photos):
     views = QUICK, Preview(every=0, steps=2)
-    often, never = (learn_word(model, clip, vae, [photos], recipe(), view) for view in views)
+    often, never = (learn_word(model, clip, vae, gather([photos]), recipe(), view) for view in views)
     assert torch.equal(*(lesson.concept.words[0].vectors["clip_l"] for lesson in (often, never)))
 
 
 def test_base_weights_keep_every_bit(model, clip, vae, photos):
     parts = [model.model, clip.cond_stage_model, vae.first_stage_model]
     before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
-    learn_word(model, clip, vae, [photos], recipe(), QUICK)
+    learn_word(model, clip, vae, gather([photos]), recipe(), QUICK)
     for part, saved in zip(parts, before, strict=True):
         assert all(torch.equal(saved[k], v) for k, v in part.state_dict().items())
 
 
-def test_a_run_goes_on_from_any_step_as_if_never_stopped(model, clip):
-    """What resuming will stand on: losses of step k depend on the word before it, the seed and k alone."""
-    latents = torch.randn(2, 1, 4, 8, 8)
-    with private_copies(model, clip) as (unet, text):
-        method = WordMethod(unet, text, recipe())
-        seen = []
-        losses = train(method, latents, Plan(3, 2, 5, 1000), lambda _: seen.append(method.word().vectors["clip_l"]))
-        method.leaves["clip_l"].data = seen[1]
-        assert method.loss(draw(latents, 1000, 2, 5, 2)).mean().item() == losses[2]
+def test_captions_are_what_their_photo_is_learned_under(model, clip, vae, photos):
+    lessons = Lessons(torch.randn(2, 1, 4, 8, 8), None, ("a cat on grass", ""))
+    with private_copies(model, clip) as (unet, text), torch.no_grad():
+        method = WordMethod(unet, text, recipe(sentences=("my {}",)), lessons)
+        batch = draw(lessons.latents, 1000, 2, 0, 0)
+        together = method.loss(batch)
+        for sample, photo in enumerate(batch.photos):
+            method.captions = [["a {} on grass", "my {}"][photo]] * 2
+            torch.testing.assert_close(method.loss(batch)[sample], together[sample], rtol=1e-4, atol=1e-5)
+
+
+def test_masks_weigh_the_loss(model, clip):
+    latents, weights = torch.randn(2, 3, 4, 8, 8), torch.rand(2, 3, 1, 8, 8)
+    with private_copies(model, clip) as (unet, text), torch.no_grad():
+        method = WordMethod(unet, text, recipe(sentences=("my {}",)), Lessons(latents, weights, ("", "")))
+        batch = draw(latents, 1000, 2, 0, 0)
+        context, _ = encode(method.clip, "my <mine>")
+        error = denoising_error(unet.model, batch.latents, batch.noise, batch.timesteps, context, None)
+        for sample, loss in enumerate(method.loss(batch)):
+            weight = weights[batch.photos[sample], batch.views[sample]].expand(4, 8, 8)
+            torch.testing.assert_close(loss, (error[sample] * weight).sum() / weight.sum(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"accumulation": 3}, {"schedule": "constant"}, {"warmup": 3}, {"snr_cap": 5.0},
+                                     {"optimiser": "SGD"}, {"crops": 2}, {"mirror": True}, {"mask_floor": 1.0}])
+def test_every_setting_matters(model, clip, vae, photos, changes):
+    mask = torch.zeros(3, 64, 64)
+    mask[:, :, :20] = 1
+    plain, changed = (learn_word(model, clip, vae, gather([photos], [mask]), recipe(**c), Preview(every=0, steps=1))
+                      for c in ({}, changes))
+    assert not torch.equal(*(lesson.concept.words[0].vectors["clip_l"] for lesson in (plain, changed)))
 
 
 def test_length_is_kept_when_asked(model, clip, vae, photos):
-    free, kept = (learn_word(model, clip, vae, [photos], recipe(norm_pull=pull, learning_rate=0.1), QUICK)
+    free, kept = (learn_word(model, clip, vae, gather([photos]), recipe(norm_pull=pull, learning_rate=0.1), QUICK)
                   for pull in (0.0, 1.0))
     norms = [lesson.concept.words[0].vectors["clip_l"].norm().item() for lesson in (free, kept)]
     assert norms[1] == pytest.approx(rows(clip, "cat")["clip_l"].norm().item(), rel=1e-4)
@@ -95,7 +120,7 @@ def test_length_is_kept_when_asked(model, clip, vae, photos):
 def test_the_live_picture_is_sent(model, clip, vae, photos, hook):
     heard = []
     hook(lambda value, total, preview, **_: heard.append((value, total, preview)))
-    learn_word(model, clip, vae, [photos], recipe(), QUICK)
+    learn_word(model, clip, vae, gather([photos]), recipe(), QUICK)
     assert [(value, total) for value, total, _ in heard if total == 4] == [(i, 4) for i in (1, 2, 3, 4)]
     kind, picture, _ = heard[-1][2]
     assert kind == "JPEG" and picture.size == (832, 448)
@@ -103,7 +128,7 @@ def test_the_live_picture_is_sent(model, clip, vae, photos, hook):
 
 def test_cancel_keeps_and_returns_what_was_learned(model, clip, vae, photos, hook, output):
     hook(lambda value, *_, **__: value == 3 and comfy.model_management.interrupt_current_processing(True))
-    lesson = learn_word(model, clip, vae, [photos], recipe(steps=50), Preview(every=0, steps=1))
+    lesson = learn_word(model, clip, vae, gather([photos]), recipe(steps=50), Preview(every=0, steps=1))
     assert 3 <= len(lesson.losses) < 50 and not comfy.model_management.processing_interrupted()
     kept = output / "concepts" / f"mine-step{len(lesson.losses)}.safetensors"
     assert to_bytes(load(kept)) == to_bytes(lesson.concept) == kept.read_bytes()
@@ -112,12 +137,12 @@ def test_cancel_keeps_and_returns_what_was_learned(model, clip, vae, photos, hoo
 def test_cancel_before_the_first_step_stops_the_node(model, clip, vae, photos):
     comfy.model_management.interrupt_current_processing(True)
     with pytest.raises(Cancelled):
-        learn_word(model, clip, vae, [photos], recipe(), QUICK)
+        learn_word(model, clip, vae, gather([photos]), recipe(), QUICK)
 
 
 def test_a_lost_loss_stops_and_keeps_the_last_good_word(model, clip, vae, photos, output):
     with pytest.raises(Diverged, match="stopped being a number at step 2; a lower learning rate .* is kept in"):
-        learn_word(model, clip, vae, [photos], recipe(learning_rate=1e30), Preview(every=0, steps=1))
+        learn_word(model, clip, vae, gather([photos]), recipe(learning_rate=1e30), Preview(every=0, steps=1))
     word, = load(output / "concepts" / "mine-step1.safetensors").words
     assert word.vectors["clip_l"].isfinite().all()
 
@@ -126,14 +151,14 @@ def test_attention_without_backward_is_named(model, clip, vae, photos, monkeypat
     attention = comfy.ldm.modules.attention.optimized_attention
     monkeypatch.setattr(comfy.ldm.modules.attention, "optimized_attention", lambda *a, **k: attention(*a, **k).detach())
     with pytest.raises(NoGradient, match="attention back end that cannot be trained through"):
-        learn_word(model, clip, vae, [photos], recipe(), QUICK)
+        learn_word(model, clip, vae, gather([photos]), recipe(), QUICK)
 
 
 def test_sage_attention_is_replaced_while_training(model, clip, vae, photos, monkeypatch):
     attention = comfy.ldm.modules.attention
     without_backward = attention.wrap_attn(lambda *a, **k: attention.attention_basic(*a, **k).detach())
-    expected = learn_word(model, clip, vae, [photos], recipe(), QUICK)
+    expected = learn_word(model, clip, vae, gather([photos]), recipe(), QUICK)
     monkeypatch.setattr(attention, "optimized_attention", without_backward)
     monkeypatch.setattr(comfy.cli_args.args, "use_sage_attention", True)
-    lesson = learn_word(model, clip, vae, [photos], recipe(), QUICK)
+    lesson = learn_word(model, clip, vae, gather([photos]), recipe(), QUICK)
     torch.testing.assert_close(lesson.losses, expected.losses, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,124 @@
+"""A training that was stopped in any way goes on as if it never had been."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import pytest
+import torch
+from concepts_pack.textual_inversion.file import to_bytes
+from concepts_pack.textual_inversion.train import Keeping, Preview, Recipe, learn_word
+from concepts_pack.training.dataset import gather
+from concepts_pack.training.optimisers import OPTIMISERS
+from concepts_pack.training.states import States
+
+HERE = Path(__file__).parent
+QUIET = Preview(every=0, steps=1)
+KEEPING = Keeping(every=2, keep=2)
+
+
+def recipe(**changes):
+    return Recipe(**{"placeholder": "<mine>", "init_text": "cat", "steps": 7, "learning_rate": 0.01, "batch_size": 2,
+                     "seed": 5, "accumulation": 2, **changes})
+
+
+@pytest.fixture(autouse=True)
+def states(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    yield tmp_path / "concepts" / "states"
+    comfy.utils.set_progress_bar_global_hook(None)
+    comfy.model_management.interrupt_current_processing(False)
+
+
+def cancel_at(step):
+    def hear(value, total, *_, **__):
+        if total == 7 and value == step:
+            comfy.model_management.interrupt_current_processing(True)
+    comfy.utils.set_progress_bar_global_hook(hear)
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_cancelled_and_queued_again_equals_never_stopped(model, clip, vae, photos, states, optimiser):
+    settings = recipe(optimiser=optimiser)
+    whole = learn_word(model, clip, vae, gather([photos]), settings, QUIET)
+    cancel_at(3)
+    part = learn_word(model, clip, vae, gather([photos]), settings, QUIET, KEEPING)
+    assert 3 <= len(part.losses) < 7 and len(list(states.iterdir())) > 0
+    comfy.utils.set_progress_bar_global_hook(None)
+    rest = learn_word(model, clip, vae, gather([photos]), settings, QUIET, KEEPING)
+    assert rest.losses == whole.losses and to_bytes(rest.concept) == to_bytes(whole.concept)
+    assert not list(states.iterdir())
+
+
+def test_other_settings_photos_or_weights_do_not_resume(model, clip, vae, photos, velocity_model):
+    cancel_at(3)
+    learn_word(model, clip, vae, gather([photos]), recipe(), QUIET, KEEPING)
+    comfy.utils.set_progress_bar_global_hook(None)
+    for other in ((model, photos, recipe(seed=6)), (model, photos.flip(0), recipe()), (model, photos, recipe(steps=6))):
+        base, pictures, settings = other
+        fresh = learn_word(base, clip, vae, gather([pictures]), settings, QUIET)
+        again = learn_word(base, clip, vae, gather([pictures]), settings, QUIET, KEEPING)
+        assert fresh.losses == again.losses
+    lora = model.clone()
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    lora.add_patches({key: (torch.ones(lora.model.get_parameter(key).shape),)})
+    fresh = learn_word(lora, clip, vae, gather([photos]), recipe(), QUIET)
+    assert learn_word(lora, clip, vae, gather([photos]), recipe(), QUIET, KEEPING).losses == fresh.losses
+
+
+def test_resume_can_be_turned_off(model, clip, vae, photos, states):
+    cancel_at(3)
+    part = learn_word(model, clip, vae, gather([photos]), recipe(), QUIET, KEEPING)
+    kept = {path.name for path in states.iterdir()}
+    cancel_at(1)
+    anew = learn_word(model, clip, vae, gather([photos]), recipe(), QUIET, Keeping(every=2, resume=False))
+    assert len(anew.losses) < len(part.losses) and {path.name for path in states.iterdir()} != kept
+
+
+def test_only_the_newest_states_stay(tmp_path):
+    states, weight = States(tmp_path, "run", every=1, keep=2), torch.nn.Parameter(torch.zeros(3))
+    optimiser = torch.optim.AdamW([weight])
+    for step in range(1, 12):
+        weight.grad = torch.ones(3)
+        optimiser.step()
+        states.save([0.5] * step, optimiser)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["run-step0000010.safetensors", "run-step0000011.safetensors"]
+    (tmp_path / names[1]).write_bytes((tmp_path / names[1]).read_bytes()[:-5])
+    (tmp_path / "run-other-step0000099.safetensors").write_bytes(b"")
+    assert len(states.restore(torch.optim.AdamW([weight]))) == 10
+
+
+def test_a_state_of_another_shape_is_passed_over(tmp_path):
+    states = States(tmp_path, "run", every=1)
+    states.save([1.0], torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))]))
+    weight = torch.nn.Parameter(torch.ones(2))
+    assert states.restore(torch.optim.AdamW([weight])) == [] and weight.tolist() == [1, 1]
+
+
+def test_a_full_disk_costs_only_the_state(model, clip, vae, photos, states):
+    states.parent.mkdir(parents=True)
+    states.write_text("")  # a file where the folder should be
+    lesson = learn_word(model, clip, vae, gather([photos]), recipe(), QUIET, KEEPING)
+    assert len(lesson.losses) == 7
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is not a thing there")
+def test_killed_without_warning_and_started_again(states, tmp_path):
+    """Another process is killed in its fifth step; a third one ends with the file of an undisturbed fourth."""
+    def process(output, die_at):
+        command = [sys.executable, HERE / "killed.py", output, str(die_at)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    first = process(tmp_path / "a", 5)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    assert len(list((tmp_path / "a" / "concepts" / "states").iterdir())) == 2
+    second, undisturbed = process(tmp_path / "a", 0), process(tmp_path / "b", 0)
+    assert second.stdout.split()[0] == "3", second.stderr  # the steps it still had to do
+    assert undisturbed.stdout.split()[0] == "7"
+    assert second.stdout.split()[1:] == undisturbed.stdout.split()[1:]
