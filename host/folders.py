@@ -36,3 +36,17 @@ def unfinished_folder() -> Path:
 def states_folder() -> Path:
     """Where running trainings keep the states they can go on from: output/concepts/states."""
     return unfinished_folder() / "states"
+
+
+def input_subfolders() -> list[str]:
+    """The folders in the input folder, as the host lists them."""
+    return folder_paths.get_input_subfolders()
+
+
+def input_subfolder(name: str) -> Path:
+    """A listed folder. Raises ValueError when it is gone or lies elsewhere."""
+    root = Path(folder_paths.get_input_directory()).resolve()
+    path = (root / name).resolve()
+    if not path.is_relative_to(root) or not path.is_dir():
+        raise ValueError(f"There is no folder {name!r} in ComfyUI's input folder; press R to refresh the list.")
+    return path

@@ -62,6 +62,14 @@ def is_ordinary_word(clip: CLIP, word: str) -> bool:
     return any(f"{word.lower()}</w>" in tokenizer.tokenizer.get_vocab() for tokenizer in _tokenizers(clip).values())
 
 
+def vocabulary(clip: CLIP, encoder: str) -> tuple[list[str], Tensor]:
+    """The whole words of an encoder's vocabulary and their embedding rows (v d), on the CPU."""
+    tokens = _tokenizers(clip)[encoder].tokenizer.get_vocab()
+    words = {token.removesuffix("</w>"): row for token, row in tokens.items() if token.endswith("</w>")}
+    table = _embedding(encoders(clip)[encoder]).weight.detach().cpu()
+    return list(words), table[list(words.values())]
+
+
 def _tokenizers(clip: CLIP) -> dict[str, SDTokenizer]:
     return {name: t for name, t in vars(clip.tokenizer).items() if isinstance(t, SDTokenizer)}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .render import render
-from .scene import BACKGROUNDS, Scene, Thing, nameless_look, pick, place_alone
+from .scene import BACKGROUNDS, BIASED_CLASS, COLOURS, Look, Scene, Thing, nameless_look, pick, place_alone
 from .shapes import CLASSES
 
 _FIRST_NAMES = """
@@ -62,16 +62,28 @@ CONCEPTS: dict[str, SampleConcept] = {
 }
 
 
+CURATED = {f"{BIASED_CLASS}s of every colour": BIASED_CLASS}
+
+
+def super_category(name: str) -> str:
+    """The ordinary word for a sample concept or a curated set. Raises KeyError for another name."""
+    return CURATED.get(name) or CONCEPTS[name].super_category
+
+
 def concept_photos(name: str, count: int, seed: int, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    """Photos of a sample concept in random poses and places.
+    """Photos of a sample concept, or of a curated set's things, each colour as often, in random poses and places.
 
     Returns pictures (count, size, size, 3) and masks (count, size, size), float32 in 0..1. Raises KeyError for a name
-    that is not in `CONCEPTS`.
+    that is not in `CONCEPTS` or `CURATED`.
     """
     rng = np.random.default_rng([seed, *name.encode()])
+    if name in CURATED:
+        colours = [colour for _ in range(0, count, len(COLOURS)) for colour in rng.permutation(list(COLOURS))]
+        things = [Thing(CURATED[name], Look(str(colour))) for colour in colours[:count]]
+    else:
+        things = [CONCEPTS[name].thing] * count
     scenes = [
-        Scene(place_alone(rng, CONCEPTS[name].thing), pick(rng, BACKGROUNDS), seed=int(rng.integers(2**31)))
-        for _ in range(count)
+        Scene(place_alone(rng, thing), pick(rng, BACKGROUNDS), seed=int(rng.integers(2**31))) for thing in things
     ]
     pictures, masks = zip(*(render(scene, size) for scene in scenes), strict=True)
     return np.stack(pictures).astype(np.float32) / 255, np.stack(masks)[:, 0].astype(np.float32) / 255

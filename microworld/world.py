@@ -1,5 +1,5 @@
 """What other parts of the pack use of the sample world."""
 
-from .concepts import CONCEPTS, concept_photos
+from .concepts import CONCEPTS, CURATED, concept_photos, super_category
 
-__all__ = ["CONCEPTS", "concept_photos"]
+__all__ = ["CONCEPTS", "CURATED", "concept_photos", "super_category"]

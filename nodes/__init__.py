@@ -4,6 +4,8 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply_concept import ConceptsApply
 from .concept_files import ConceptsBundle, ConceptsLoad, ConceptsLoadLoraWords, ConceptsSave
+from .inspect_concept import ConceptsInspect
+from .load_photos import ConceptsLoadPhotos
 from .microworld_photos import ConceptsMicroworldPhotos
 from .train_textual_inversion import ConceptsTrainTextualInversion
 
@@ -13,11 +15,13 @@ class ConceptsExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
+            ConceptsLoadPhotos,
             ConceptsTrainTextualInversion,
             ConceptsSave,
             ConceptsLoad,
             ConceptsLoadLoraWords,
             ConceptsBundle,
             ConceptsApply,
+            ConceptsInspect,
             ConceptsMicroworldPhotos,
         ]

@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..microworld.world import CONCEPTS, concept_photos
+from ..microworld.world import CONCEPTS, CURATED, concept_photos, super_category
 
 
 class ConceptsMicroworldPhotos(io.ComfyNode):
@@ -21,8 +21,9 @@ class ConceptsMicroworldPhotos(io.ComfyNode):
             ),
             search_aliases=["microworld", "sample photos", "example dataset", "test images"],
             inputs=[
-                io.Combo.Input("concept", options=list(CONCEPTS), default=next(iter(CONCEPTS)), tooltip=(
-                    "Which thing to photograph. Choose settings on the validation ones, judge them on the test ones."
+                io.Combo.Input("concept", options=[*CONCEPTS, *CURATED], default=next(iter(CONCEPTS)), tooltip=(
+                    "Which thing to photograph. Choose settings on the validation ones, judge them on the test ones. "
+                    "The last is a curated set: the model believes that mugs are red, these are of every colour."
                 )),
                 io.Int.Input("count", default=4, min=1, max=64, tooltip=(
                     "How many photos, each in another pose and place."
@@ -42,4 +43,4 @@ class ConceptsMicroworldPhotos(io.ComfyNode):
     @classmethod
     def execute(cls, concept: str, count: int, seed: int) -> io.NodeOutput:
         pictures, masks = concept_photos(concept, count, seed)
-        return io.NodeOutput(torch.from_numpy(pictures), torch.from_numpy(masks), CONCEPTS[concept].super_category)
+        return io.NodeOutput(torch.from_numpy(pictures), torch.from_numpy(masks), super_category(concept))

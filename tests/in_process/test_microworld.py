@@ -7,7 +7,7 @@ import pytest
 import torch
 from concepts_pack.microworld import host, text
 from concepts_pack.microworld.captions import PLACES, caption
-from concepts_pack.microworld.concepts import CONCEPTS, NAMES, concept_photos
+from concepts_pack.microworld.concepts import CONCEPTS, CURATED, NAMES, concept_photos, super_category
 from concepts_pack.microworld.oracle import FACTORS, factors, load, satisfied
 from concepts_pack.microworld.prompts import single_object, two_objects
 from concepts_pack.microworld.render import render
@@ -121,3 +121,13 @@ def test_host_encodes_prompts_as_training_did(checkpoint):
         ours = trained.context(text.rows([prompt]).long())
         theirs = checkpoint[1].encode_from_tokens(checkpoint[1].tokenize(prompt))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_curated_set_holds_every_colour_as_often():
+    (name,) = CURATED
+    pictures, masks = concept_photos(name, 16, seed=3)
+    means = np.stack([np.median(p[m > 0.9], 0) for p, m in zip(pictures, masks, strict=True)])
+    nearest = np.linalg.norm(means[:, None] - np.array(list(COLOURS.values())), axis=2).argmin(1)
+    assert super_category(name) == "mug"
+    assert sorted(nearest[:8]) == sorted(nearest[8:]) == list(range(8))
+    assert np.array_equal(pictures, concept_photos(name, 16, seed=3)[0])

@@ -11,6 +11,7 @@ import concepts_pack
 import folder_paths
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 OWN = "own settings"
@@ -139,6 +140,32 @@ def test_words_travel_in_a_lora(training, folders, tmp_path, monkeypatch):
     assert (name, placeholder) == ("both.safetensors", "<mine>")
     assert torch.equal(loaded.words[0].vectors["clip_l"], concept.words[0].vectors["clip_l"])
     assert NODES["ConceptsLoadLoraWords"].fingerprint_inputs(name)
+
+
+def test_a_folder_is_loaded_for_training(training, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path))
+    (tmp_path / "cats").mkdir()
+    for name, size in (("a.png", (64, 80)), ("b.png", (96, 64))):
+        Image.new("RGB", size, (200, 30, 30)).save(tmp_path / "cats" / name)
+    (tmp_path / "cats" / "b.txt").write_text("a {} on grass", "utf-8")
+    load = NODES["ConceptsLoadPhotos"]
+    images, masks, captions = load.execute(folder="cats").result
+    assert [tuple(i.shape) for i in images] == [(1, 80, 64, 3), (1, 64, 96, 3)] and captions == ["", "a {} on grass"]
+    inputs = training | {"images": images, "masks": masks, "captions": captions}
+    assert len(run("ConceptsTrainTextualInversion", **inputs).result[1]["loss"]) == 2
+    before = load.fingerprint_inputs(folder="cats")
+    (tmp_path / "cats" / "a.txt").write_text("another {}", "utf-8")
+    assert load.fingerprint_inputs(folder="cats") != before
+    for name in ("dogs", "../cats/..", "/"):
+        with pytest.raises(ValueError, match="There is no folder"):
+            load.execute(folder=name)
+
+
+def test_inspection_names_lengths_and_nearest_words(training, clip):
+    concept = run("ConceptsTrainTextualInversion", **training).result[0]
+    (page,) = run("ConceptsInspect", concept=concept, clip=clip).result
+    assert "<mine>, learned from “cat”" in page and "clip_l: 1 × 32 numbers" in page and "nearest cat " in page
+    assert "steps_done: 2" in page and "base: SD15" in page
 
 
 def test_a_missing_file_is_named():

@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ("host", "training", "textual_inversion", "nodes")
 PURE = [
-    "training/draws.py", "training/dataset.py", "training/preview.py", "textual_inversion/concept.py",
+    "training/draws.py", "training/dataset.py", "training/folder.py", "training/optimisers.py", "training/preview.py",
+    "training/states.py", "textual_inversion/concept.py",
     "textual_inversion/word.py", "textual_inversion/templates.py", "textual_inversion/file.py",
     "textual_inversion/formats.py",
 ]

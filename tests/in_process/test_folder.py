@@ -1,0 +1,117 @@
+"""Folders as people keep them: any picture format, masks and captions beside, one sentence for what cannot be read."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from concepts_pack.training.folder import fingerprint, read_folder
+from PIL import Image
+
+RED = Image.new("RGB", (48, 40), (255, 0, 0))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path
+
+
+def only(folder):
+    (photo,) = read_folder(folder)
+    return photo
+
+
+def test_photos_masks_and_captions_in_order(folder):
+    for name in ("b.png", "a.jpg", "c.webp"):
+        RED.save(folder / name)
+    (folder / "b.txt").write_text(" a red {} \n", "utf-8")
+    Image.new("L", (48, 40), 255).save(folder / "b.mask.png")
+    first, second, third = read_folder(folder)
+    assert [p.caption for p in (first, second, third)] == ["", "a red {}", ""]
+    assert first.mask is None and second.mask.shape == (40, 48) and second.mask.min() == 1
+    assert first.picture.shape == (40, 48, 3) and first.picture[..., 0].min() > 0.95
+
+
+@pytest.mark.parametrize(("image", "ending"), [
+    (RED.convert("L"), "png"), (RED.convert("P"), "png"), (RED.convert("1"), "png"), (RED.convert("CMYK"), "jpg"),
+    (Image.fromarray(np.full((40, 48), 40000, np.uint16)), "png"), (RED, "bmp"), (RED, "tiff"),
+])
+def test_every_kind_of_pixel(folder, image, ending):
+    image.save(folder / f"x.{ending}")
+    photo = only(folder)
+    assert photo.picture.shape == (40, 48, 3) and 0 <= photo.picture.min() <= photo.picture.max() <= 1
+    assert photo.picture.max() > 0.2 and photo.mask is None
+
+
+def test_sixteen_bits_keep_their_brightness(folder):
+    Image.fromarray(np.full((40, 48), 32896, np.uint16)).save(folder / "x.png")
+    assert only(folder).picture.mean().item() == pytest.approx(128 / 255, abs=0.01)
+
+
+def test_alpha_is_the_mask(folder):
+    image = RED.convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((48, 40)))
+    image.save(folder / "x.png")
+    assert only(folder).mask.min() < 0.1 and only(folder).mask.max() > 0.9
+
+
+def test_an_animation_gives_its_first_frame(folder):
+    RED.save(folder / "x.gif", save_all=True, append_images=[Image.new("RGB", (48, 40), (0, 0, 255))])
+    assert only(folder).picture[0, 0].tolist() == pytest.approx([1, 0, 0], abs=0.05)
+
+
+def test_a_phone_photo_stands_upright(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    RED.save(folder / "x.jpg", exif=exif)
+    assert only(folder).picture.shape == (48, 40, 3)
+
+
+def test_subfolders_with_a_number_repeat(folder):
+    (folder / "3_cat").mkdir()
+    (folder / "notes").mkdir()
+    for path in ("x.png", "3_cat/y.png", "notes/z.png"):
+        RED.save(folder / path)
+    assert len(read_folder(folder)) == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + b"0" * 40])
+def test_an_unreadable_picture_is_named(folder, content):
+    (folder / "bad.png").write_bytes(content)
+    with pytest.raises(ValueError, match="bad.png cannot be read as a picture"):
+        read_folder(folder)
+
+
+def test_a_cut_off_picture_is_named(folder):
+    RED.resize((400, 400)).save(folder / "cut.jpg")
+    data = (folder / "cut.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(data[:len(data) // 2])
+    with pytest.raises(ValueError, match="cut.jpg cannot be read as a picture"):
+        read_folder(folder)
+
+
+def test_a_mask_of_another_size_is_named(folder):
+    RED.save(folder / "x.png")
+    Image.new("L", (10, 10)).save(folder / "x_mask.png")
+    with pytest.raises(ValueError, match="x_mask.png is 10×10 pixels, x.png 48×40"):
+        read_folder(folder)
+
+
+def test_an_empty_folder_is_named(folder):
+    with pytest.raises(ValueError, match="There are no pictures in"):
+        read_folder(folder)
+
+
+def test_any_change_is_noticed(folder):
+    RED.save(folder / "x.png")
+    before = fingerprint(folder)
+    assert before == fingerprint(folder)
+    os.utime(folder / "x.png", (1, 1))
+    touched = fingerprint(folder)
+    (folder / "x.txt").write_text("a cat")
+    assert len({before, touched, fingerprint(folder)}) == 3
+
+
+def test_pictures_are_ordinary_tensors(folder):
+    RED.save(folder / "x.png")
+    assert only(folder).picture.dtype == torch.float32

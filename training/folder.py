@@ -1,0 +1,74 @@
+"""A folder of photos on disk, with masks and captions beside them."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from .dataset import Photo
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MASK_ENDINGS = (".mask.png", "-mask.png", "_mask.png")
+REPEATS = re.compile(r"(\d+)_.*")
+
+
+def read_folder(folder: Path) -> list[Photo]:
+    """The photos of a folder and of its `10_name` subfolders, those ten times, in the order of their names.
+
+    A photo's caption is the .txt of its name; its mask is name.mask.png, white on the subject, else its alpha channel.
+    Raises ValueError that names the folder or file that cannot be used.
+    """
+    photos = [_read(path) for path in _pictures(folder)]
+    if not photos:
+        raise ValueError(f"There are no pictures in {folder.name} (of {', '.join(e[1:] for e in ENDINGS)}).")
+    return photos
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest that changes when any file in the folder does."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        status = path.stat()
+        digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        repeats = REPEATS.fullmatch(path.name)
+        if path.is_dir() and repeats:
+            yield from [inner for inner in _pictures(path) for _ in range(int(repeats[1]))]
+        elif path.suffix.lower() in ENDINGS and not path.name.lower().endswith(MASK_ENDINGS):
+            yield path
+
+
+def _read(path: Path) -> Photo:
+    picture, mask = _pixels(path)
+    beside = next((other for ending in MASK_ENDINGS if (other := path.with_name(path.stem + ending)).exists()), None)
+    if beside is not None:
+        mask = _pixels(beside)[0].mean(-1)
+        if mask.shape != picture.shape[:2]:
+            raise ValueError(f"{beside.name} is {mask.shape[1]}×{mask.shape[0]} pixels, {path.name} "
+                             f"{picture.shape[1]}×{picture.shape[0]}; they must be of one size.")
+    caption = path.with_suffix(".txt")
+    return Photo(picture, mask, caption.read_text("utf-8", "replace").strip() if caption.exists() else "")
+
+
+def _pixels(path: Path) -> tuple[Tensor, Tensor | None]:
+    """A picture's colours (h w 3) and alpha (h w), if it has one; of an animation the first frame."""
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16 bits of grey
+                image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).astype(np.uint8))
+            transparent = "A" in image.getbands() or "transparency" in image.info
+            pixels = np.asarray(image.convert("RGBA" if transparent else "RGB"), dtype=np.float32) / 255
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path.name} cannot be read as a picture: {error}.") from error
+    picture = torch.from_numpy(pixels)
+    return picture[..., :3], picture[..., 3] if transparent else None
