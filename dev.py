@@ -44,6 +44,7 @@ HOSTS = {
 }
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TOOLS = ("pytest==9.2.0", "hypothesis==6.155.7", "ruff==0.17.6")
+PEERS = ("diffusers==0.42.1",)  # the tests and benchmarks compare with it
 
 # What pip says when it fails, and what to tell the user; the first match counts
 OFFLINE = r"ConnectionError|Connection (refused|reset)|ConnectTimeout|name resolution|Max retries|ProxyError"
@@ -115,7 +116,7 @@ def cached_host(version: str) -> Host:
     """Return this version from the cache folder, made first if need be."""
     if version not in HOSTS:
         raise DevError(f"There is no host {version}: choose one of {', '.join(HOSTS)}.")
-    folder = cache_folder() / f"comfyui-{version}-{key(*HOSTS[version], *TORCH, *TOOLS)}"
+    folder = cache_folder() / f"comfyui-{version}-{key(*HOSTS[version], *TORCH, *TOOLS, *PEERS)}"
     if not folder.is_dir():
         make(folder, lambda partial: make_host(partial, version))
     return Host(folder / "ComfyUI", venv_python(folder / "venv"))
@@ -181,7 +182,7 @@ def make_host(folder: Path, version: str) -> None:
     if not torch.is_dir():
         make(torch, lambda partial: pip(make_venv(partial), "install", *TORCH, *TOOLS))
     (site_packages(python) / "torch.pth").write_text(f"{site_packages(venv_python(torch))}\n", encoding="utf-8")
-    pip(python, "install", *TORCH, *TOOLS, "-r", str(folder / "ComfyUI" / "requirements.txt"))
+    pip(python, "install", *TORCH, *TOOLS, *PEERS, "-r", str(folder / "ComfyUI" / "requirements.txt"))
 
 
 def make_venv(folder: Path) -> Path:
@@ -365,8 +366,9 @@ def demo(options: argparse.Namespace) -> int:
 def test(options: argparse.Namespace) -> int:
     """Lint, then run the tests with the host's Python."""
     host = announced(find_host(options.host))
-    if not has_modules(host.python, "pytest", "hypothesis", "ruff"):
-        raise DevError(f"{host.python} lacks pytest, hypothesis or ruff: install them, or add --host {newest()}.")
+    needed = ("pytest", "hypothesis", "ruff", "diffusers")
+    if not has_modules(host.python, *needed):
+        raise DevError(f"{host.python} lacks one of {', '.join(needed)}: install them, or add --host {newest()}.")
     lint = call([host.python, "-m", "ruff", "check", "--no-cache", ROOT], host_env(host))
     # `-m pytest` would put this folder on sys.path, where its nodes/ hides ComfyUI's nodes.py
     code = "import sys; sys.path[:] = filter(None, sys.path); import pytest; sys.exit(pytest.main(sys.argv[1:]))"

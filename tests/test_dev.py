@@ -173,7 +173,7 @@ def test_test_needs_its_tools(env, host, tmp_path):
     python.write_text(f"#!/bin/sh\ncase \"$*\" in *pytest*) exit 1;; esac\nexec '{host.python}' \"$@\"\n")
     python.chmod(0o755)
     code, said = cli({**using(env, host), "COMFYUI_PYTHON": str(python)}, "test")
-    assert code == 1 and "lacks pytest, hypothesis or ruff" in said
+    assert code == 1 and "lacks one of pytest, hypothesis, ruff, diffusers" in said
 
 
 # Running
