@@ -17,10 +17,10 @@ from ..training.dataset import gather
 from ..training.optimisers import OPTIMISERS, SCHEDULES
 from .sockets import Concept
 
-PRESETS = {  # chosen on the sample world's validation concepts with four photos
-    "balanced": {"steps": 500, "learning_rate": 0.005, "batch_size": 4},
-    "quick": {"steps": 200, "learning_rate": 0.01, "batch_size": 4},
-    "thorough": {"steps": 1500, "learning_rate": 0.003, "batch_size": 4},
+PRESETS = {
+    "balanced": {"steps": 300, "learning_rate": 0.01, "batch_size": 4},
+    "quick": {"steps": 100, "learning_rate": 0.01, "batch_size": 4},
+    "thorough": {"steps": 1000, "learning_rate": 0.005, "batch_size": 4},
 }
 OWN = "own settings"
 _stopped: Counter[str] = Counter()
