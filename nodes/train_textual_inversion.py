@@ -180,11 +180,11 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
 
 def _own_settings() -> list:
     return [
-        io.Int.Input("steps", default=500, min=1, max=100000, tooltip=(
+        io.Int.Input("steps", default=300, min=1, max=100000, tooltip=(
             "How many times the word is improved. A few hundred usually do; with more it copies the photos "
             "more closely and obeys the rest of the prompt less."
         )),
-        io.Float.Input("learning_rate", default=0.005, min=0.0, max=1.0, step=0.0001, round=0.000001, tooltip=(
+        io.Float.Input("learning_rate", default=0.01, min=0.0, max=1.0, step=0.0001, round=0.000001, tooltip=(
             "How far each step moves. Higher learns faster and forgets the class word sooner. It falls to a "
             "tenth towards the end."
         )),
@@ -202,7 +202,7 @@ def _own_settings() -> list:
             "Over how many steps the learning rate rises at the start."
         )),
         io.Combo.Input("optimiser", options=list(OPTIMISERS), default="AdamW", tooltip=(
-            "What turns gradients into moves. AdamW suits nearly everything; SGD needs rates a hundred times as high."
+            "What turns gradients into moves. AdamW suits nearly everything; SGD needs far higher rates."
         )),
     ]
 
@@ -231,7 +231,7 @@ def read_recipe(one: dict) -> Recipe:
     if not one["init_text"].strip():
         raise ValueError("The init text is empty; write the ordinary word that comes closest, such as 'cat'.")
     if not isfinite(one["learning_rate"]) or one["learning_rate"] <= 0:
-        raise ValueError(f"The learning rate must be a number above 0, such as 0.005; it is {one['learning_rate']}.")
+        raise ValueError(f"The learning rate must be a number above 0, such as 0.01; it is {one['learning_rate']}.")
     return Recipe(
         placeholder=one["placeholder"].strip(),
         init_text=one["init_text"].strip(),
