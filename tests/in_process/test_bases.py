@@ -67,7 +67,7 @@ def test_base_and_encoders_keep_every_bit(other_base, vae, photos):
 def test_sdxl_hears_of_the_pooled_text_and_of_the_picture_size(other_base):
     _, model, clip = other_base
     unet = model.model
-    with torch.no_grad(), torch.inference_mode(False):
+    with torch.inference_mode():
         context, pooled = encode(clip, "a cat")
         latents, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         plain, otherwise = (denoising_error(unet, latents, noise, torch.tensor([300]), context, pooled + shift)
