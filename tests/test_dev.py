@@ -229,7 +229,12 @@ def test_server_stops_with_its_user(host, tmp_path):
 def test_signals_stop_the_server(env, host, tmp_path, kind):
     port = free_port()
     command = [sys.executable, ROOT / "dev.py", "demo", "--port", str(port), "--out", tmp_path]
-    with subprocess.Popen(command, env=using(env, host), stdout=subprocess.DEVNULL, start_new_session=True) as child:
+    def listen():
+        """A shell that put these tests in the background made its children deaf to Ctrl-C."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    options = {"env": using(env, host), "stdout": subprocess.DEVNULL, "start_new_session": True, "preexec_fn": listen}
+    with subprocess.Popen(command, **options) as child:
         wait_for(lambda: answers(port))
         for _ in range(2 if kind is signal.SIGTERM else 1):
             os.killpg(child.pid, kind)
