@@ -229,6 +229,7 @@ def test_server_stops_with_its_user(host, tmp_path):
 def test_signals_stop_the_server(env, host, tmp_path, kind):
     port = free_port()
     command = [sys.executable, ROOT / "dev.py", "demo", "--port", str(port), "--out", tmp_path]
+
     def listen():
         """A shell that put these tests in the background made its children deaf to Ctrl-C."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
