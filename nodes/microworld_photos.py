@@ -23,7 +23,7 @@ class ConceptsMicroworldPhotos(io.ComfyNode):
             inputs=[
                 io.Combo.Input("concept", options=[*CONCEPTS, *CURATED], default=next(iter(CONCEPTS)), tooltip=(
                     "Which thing to photograph. Choose settings on the validation ones, judge them on the test ones. "
-                    "The last is a curated set: the model believes that mugs are red, these are of every colour."
+                    "The last is a curated set: mugs of every colour, each as often."
                 )),
                 io.Int.Input("count", default=4, min=1, max=64, tooltip=(
                     "How many photos, each in another pose and place."
