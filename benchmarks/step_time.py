@@ -185,7 +185,7 @@ def main() -> None:
     if args.alone:
         print(peak(args.alone, args.batch, args.size))
         return
-    result = {"batch": args.batch, "size": args.size, "rounds": args.rounds, "device": str(torch.device("cpu"))}
+    result = {"batch": args.batch, "size": args.size, "rounds": args.rounds, "device": "cpu"}
     if torch.cuda.is_available():
         result["device"] = torch.cuda.get_device_name()
     result |= interleaved(args.batch, args.size, args.rounds)

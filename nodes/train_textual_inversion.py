@@ -166,9 +166,8 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
         photos = gather(inputs["images"], *([item for item in inputs.get(name) or () if item is not None]
                                             for name in ("masks", "captions")))
         one = {name: values[0] for name, values in inputs.items() if isinstance(values, list) and values}
-        one |= chosen_pace(inputs["preset"])
         check_sockets(one)
-        recipe, view = read_recipe(one), read_preview(one)
+        recipe, view = read_recipe(one, chosen_pace(inputs["preset"])), read_preview(one)
         keeping = Keeping(one["save_every"], one["keep_states"], one["resume"])
         recompute = one["save_memory"] == "on" or one["save_memory"] == "auto" and memory_is_short(one["model"])
         lesson = learn_word(one["model"], one["clip"], one["vae"], photos, recipe, view, keeping, recompute)
@@ -223,21 +222,20 @@ def check_sockets(one: dict) -> None:
 def chosen_pace(preset: dict) -> dict:
     """Steps, rate and batch size of a preset, or the widgets that 'own settings' shows."""
     values = {name: value[0] for name, value in preset.items()}
-    return PRESETS[values["preset"]] if values["preset"] != OWN else values
+    return PRESETS.get(values.pop("preset"), values)
 
 
-def read_recipe(one: dict) -> Recipe:
-    """The widgets as a recipe. Raises ValueError with one sentence for values that cannot be trained with."""
+def read_recipe(one: dict, pace: dict) -> Recipe:
+    """The widgets as a recipe, with steps, rate and batch size from `pace`.
+
+    Raises ValueError with one sentence for values that cannot be trained with."""
     if not one["init_text"].strip():
         raise ValueError("The init text is empty; write the ordinary word that comes closest, such as 'cat'.")
-    if not isfinite(one["learning_rate"]) or one["learning_rate"] <= 0:
-        raise ValueError(f"The learning rate must be a number above 0, such as 0.01; it is {one['learning_rate']}.")
+    if not isfinite(pace["learning_rate"]) or pace["learning_rate"] <= 0:
+        raise ValueError(f"The learning rate must be a number above 0, such as 0.01; it is {pace['learning_rate']}.")
     return Recipe(
         placeholder=one["placeholder"].strip(),
         init_text=one["init_text"].strip(),
-        steps=one["steps"],
-        learning_rate=one["learning_rate"],
-        batch_size=one["batch_size"],
         seed=one["seed"],
         vectors=one["vectors"],
         sentences=sentences(one["sentences"], one["own_sentences"]),
@@ -247,7 +245,7 @@ def read_recipe(one: dict) -> Recipe:
         resolution=one["resolution"],
         mirror=one["mirror"],
         crops=one["crops"],
-        **{name: one[name] for name in ("accumulation", "optimiser", "schedule", "warmup") if name in one},
+        **pace,
     )
 
 

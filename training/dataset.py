@@ -87,10 +87,13 @@ def cache(encode: Callable[[Tensor], Tensor], views: Sequence[Photo], photos: in
 
 
 def weighted_mean(error: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean of squared errors (b c h w) under weights (b 1 h w), each sample by its own weight's sum -> (b)."""
+    """The mean of squared errors (b c h w) under weights (b 1 h w), each sample by its own weight's sum -> (b).
+
+    A view that shows nothing of the subject has no weight at all with a floor of 0; its mean is 0.
+    """
     if weights is None:
         return error.flatten(1).mean(1)
-    return (error.mean(1, keepdim=True) * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
+    return (error.mean(1, keepdim=True) * weights).flatten(1).sum(1) / weights.flatten(1).sum(1).clamp(min=1e-6)
 
 
 def _photo(number: int, picture: Tensor, mask: Tensor | None, caption: str) -> Photo:

@@ -88,6 +88,7 @@ def test_weights_decide_what_counts():
     mean = weighted_mean(error, weights)
     torch.testing.assert_close(mean[0], error[0, :, 2:5, 3:7].mean())
     torch.testing.assert_close(mean[1], error[1].mean())
+    assert weighted_mean(error, 0 * weights).tolist() == [0, 0]
     torch.testing.assert_close(weighted_mean(error, None), error.mean((1, 2, 3)))
 
 
