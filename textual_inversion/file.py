@@ -1,18 +1,17 @@
 """Learned words as embedding files: read in every layout, written so that programs without this pack read them."""
 
 import json
-import os
 import re
 import struct
-import tempfile
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..training.disk import read_safetensors, write_whole
 from .concept import Concept, Word
-from .formats import read, read_safetensors, to_pickle
+from .formats import read, to_pickle
 from .word import PLACEHOLDER, check_placeholder
 
 LAYOUTS = {"ComfyUI, A1111, kohya": ".safetensors", "diffusers": ".safetensors", "diffusers (.bin)": ".bin",
@@ -79,23 +78,6 @@ def bundle(concept: Concept, lora: Path, folder: Path, name: str, overwrite: boo
     path = _free_path(folder, checked_name(name), ".safetensors", overwrite)
     write_whole(path, _with_metadata(safetensors.torch.save(tensors), metadata))
     return path
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that a crash leaves the old one or the new one. Raises ValueError when the disk refuses."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(f"{path} could not be written: {error.strerror or error}.") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def load(path: Path, placeholder: str = "") -> Concept:

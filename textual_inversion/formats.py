@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.modules.container import ParameterDict
+
+from ..training.disk import read_safetensors
 
 ENCODERS = ("clip_l", "clip_g", "clip_h")
 ENCODER_OF_WIDTH = {1024: "clip_h", 1280: "clip_g"}
@@ -34,20 +35,6 @@ def read(path: Path) -> tuple[Found, dict[str, str]]:
     else:
         metadata, content = {}, _unpickled(path)
     return _words(path, content, metadata), metadata
-
-
-def read_safetensors(path: Path, only: re.Pattern | None = None) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file; when names match `only`, those tensors alone, for files that hold much else.
-
-    Raises ValueError that names the file when it cannot be read.
-    """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = list(file.keys())
-            chosen = [name for name in names if only and only.fullmatch(name)] or names
-            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in chosen}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path.name} is not a readable safetensors file: {error}.") from error
 
 
 def to_pickle(layout: str, placeholder: str, vectors: Tensor) -> bytes:

@@ -2,15 +2,15 @@
 
 import json
 import logging
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .disk import read_safetensors, write_whole
 
 log = logging.getLogger("concepts")
 
@@ -30,25 +30,21 @@ class States:
     def save(self, losses: list[float], optimiser: torch.optim.Optimizer) -> None:
         """Writes the state after the last of `losses`, whole or not at all; a full disk only costs the state."""
         path = self.folder / f"{self.run}-step{len(losses):07d}.safetensors"
-        temporary = path.with_suffix(".part")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_file(_tensors(optimiser), temporary, {"losses": json.dumps(losses)})
-            os.replace(temporary, path)
+            write_whole(path, safetensors.torch.save(_tensors(optimiser), {"losses": json.dumps(losses)}))
             for old in self._paths()[self.keep:]:
                 old.unlink()
-        except (OSError, SafetensorError) as error:
-            log.warning("The training goes on, but its state could not be kept in %s: %s", self.folder, error)
+        except (OSError, ValueError) as error:
+            log.warning("The training goes on without this state: %s", error)
 
     def restore(self, optimiser: torch.optim.Optimizer) -> list[float]:
         """Puts the newest readable state into the optimiser and its parameters; the losses up to it, or [] for none."""
         for path in self._paths():
             try:
-                with safe_open(path, framework="pt", device="cpu") as file:
-                    losses = json.loads((file.metadata() or {})["losses"])
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata, tensors = read_safetensors(path)
+                losses = json.loads(metadata["losses"])
                 _put(optimiser, tensors)
-            except (OSError, SafetensorError, KeyError, ValueError) as error:
+            except (KeyError, ValueError) as error:
                 log.warning("%s cannot be resumed from: %s", path, error)
             else:
                 return losses

@@ -1,0 +1,40 @@
+"""Files written whole or not at all, and safetensors read with one sentence for what is wrong with them."""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that a crash leaves the old one or the new one. Raises ValueError when the disk refuses."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"{path} could not be written: {error.strerror or error}.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def read_safetensors(path: Path, only: re.Pattern | None = None) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file; when names match `only`, those tensors alone, for files that hold much else.
+
+    Raises ValueError that names the file when it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = list(file.keys())
+            chosen = [name for name in names if only and only.fullmatch(name)] or names
+            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in chosen}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path.name} is not a readable safetensors file: {error}.") from error
