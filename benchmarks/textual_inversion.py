@@ -2,7 +2,8 @@
 
 `--part photos`: ID and TXT of words learned from 1, 4 and 16 photos, beside the class word and real renders.
 `--part vectors`: the same for 1, 2, 4 and 8 vectors. `--part debias`: colours of a class before and after.
-Settings are chosen with `--split validation`; what is reported comes from `--split test`.
+`--part settings`: the variants given as `--variants`. Settings are chosen with `--split validation`; what is reported
+comes from `--split test`. Concepts are shared out over two processes of one thread each.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..microworld.data import parallel
 from ..microworld.oracle import load, read, satisfied, similarity
 from ..microworld.scene import BIASED_CLASS, COLOURS
 from ..microworld.world import CONCEPTS, CURATED, concept_photos, super_category
@@ -42,13 +44,14 @@ SCENES = (
 )
 
 
-def learn(base, name: str, count: int, seed: int, **changes) -> Concept:
-    """A word from `count` photos of a sample concept, by the node's balanced preset unless `changes` say otherwise."""
-    pictures, _ = concept_photos(name, count, PHOTOS_SEED + seed)
+def learn(base, name: str, seed: int, photos: int = 4, masked: bool = False, **changes) -> Concept:
+    """A word from photos of a sample concept, by the node's balanced preset unless `changes` say otherwise."""
+    pictures, masks = concept_photos(name, photos, PHOTOS_SEED + seed)
     recipe = Recipe(**{"placeholder": "<mine>", "init_text": super_category(name), "seed": seed,
                        **PRESETS["balanced"], **changes})
     quiet = Preview(every=0, steps=1)
-    return learn_word(*base, gather([torch.from_numpy(pictures)]), recipe, quiet).concept
+    given = gather([torch.from_numpy(pictures)], [torch.from_numpy(masks)] if masked else [])
+    return learn_word(*base, given, recipe, quiet).concept
 
 
 def pictures_of(base, word: str, seed: int, cfg: float, concept: Concept | None = None) -> Tensor:
@@ -64,32 +67,36 @@ def judge(oracle, images: Tensor, kind: str, real: Tensor) -> tuple[float, float
     return similarity(oracle, images, real).mean().item(), satisfied(oracle, images, scenes).mean().item()
 
 
-def compare(base, oracle, names: list[str], seeds: int, cfg: float, variants: dict[str, dict]) -> dict:
+def compare(names: list[str], seeds: int, cfg: float, variants: dict[str, dict]) -> dict:
     """ID and TXT [mean, low, high] of every variant, of the class word, and ID among real renders."""
-    scores: dict[str, list[tuple[float, float]]] = {}
-    for name in names:
-        kind = super_category(name)
-        real = torch.from_numpy(concept_photos(name, 24, REAL_SEED)[0])
-        others = torch.from_numpy(concept_photos(name, 24, REAL_SEED + 1)[0])
-        scores.setdefault("real renders", []).append((similarity(oracle, others, real).mean().item(), 1.0))
-        for seed in range(seeds):
-            drawn = {"class word": pictures_of(base, kind, seed, cfg)}
-            for variant, changes in variants.items():
-                count = changes.get("photos", 4)
-                settings = {key: value for key, value in changes.items() if key != "photos"}
-                concept = learn(base, name, count, seed, **settings)
-                drawn[variant] = pictures_of(base, "<mine>", seed, cfg, concept)
-            for variant, images in drawn.items():
-                scores.setdefault(variant, []).append(judge(oracle, images, kind, real))
-                print(f"{name}, seed {seed}, {variant}: ID %.3f TXT %.3f" % scores[variant][-1], flush=True)
-    return {variant: {"ID": interval(np.array(values)[:, 0]), "TXT": interval(np.array(values)[:, 1])}
-            for variant, values in scores.items()}
+    jobs = len(names)
+    rows = [row for part in parallel(_scores, names, [seeds] * jobs, [cfg] * jobs, [variants] * jobs) for row in part]
+    labels = dict.fromkeys(label for label, *_ in rows)
+    return {label: {measure: interval(np.array([row[place] for row in rows if row[0] == label]))
+                    for place, measure in ((1, "ID"), (2, "TXT"))} for label in labels}
+
+
+def _scores(name: str, seeds: int, cfg: float, variants: dict[str, dict]) -> list[tuple[str, float, float]]:
+    """Label, ID and TXT of every picture set of one concept."""
+    torch.set_num_threads(1)
+    oracle, base = load(), load_checkpoint()
+    kind = super_category(name)
+    real = torch.from_numpy(concept_photos(name, 24, REAL_SEED)[0])
+    others = torch.from_numpy(concept_photos(name, 24, REAL_SEED + 1)[0])
+    rows = [("real renders", similarity(oracle, others, real).mean().item(), 1.0)]
+    for seed in range(seeds):
+        rows.append(("class word", *judge(oracle, pictures_of(base, kind, seed, cfg), kind, real)))
+        for label, changes in variants.items():
+            drawn = pictures_of(base, "<mine>", seed, cfg, learn(base, name, seed, **changes))
+            rows.append((label, *judge(oracle, drawn, kind, real)))
+            print(f"{name}, seed {seed}, {label}: ID {rows[-1][1]:.3f} TXT {rows[-1][2]:.3f}", flush=True)
+    return rows
 
 
 def debias(base, oracle, cfg: float, count: int, seed: int = 0) -> dict:
     """How far the colours of a class are from even, and how often the class is right, before and after."""
     (name,) = CURATED
-    concept = learn(base, name, 16, seed)
+    concept = learn(base, name, seed, photos=16)
     model, clip, vae = base
     taught = apply_words(clip, concept, 1.0)
     result = {}
@@ -109,24 +116,25 @@ def debias(base, oracle, cfg: float, count: int, seed: int = 0) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=("photos", "vectors", "debias"), default="photos")
+    parser.add_argument("--part", choices=("photos", "vectors", "debias", "settings"), default="photos")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--concepts", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--changes", type=json.loads, default={}, help="other settings for all, as JSON")
+    parser.add_argument("--variants", type=json.loads, default={}, help="settings by label, as JSON")
     args = parser.parse_args()
-    oracle, base = load(), load_checkpoint()
     names = [name for name, concept in CONCEPTS.items() if concept.split == args.split][: args.concepts]
     if args.part == "debias":
-        result = debias(base, oracle, args.cfg, count=200)
+        result = debias(load_checkpoint(), load(), args.cfg, count=200)
     else:
         variants = {
             "photos": {f"{count} photos": {"photos": count} for count in (1, 4, 16)},
             "vectors": {f"{count} vectors": {"vectors": count} for count in (1, 2, 4, 8)},
+            "settings": args.variants,
         }[args.part]
         variants = {label: {**changes, **args.changes} for label, changes in variants.items()}
-        result = compare(base, oracle, names, args.seeds, args.cfg, variants)
+        result = compare(names, args.seeds, args.cfg, variants)
     result |= {"split": args.split, "seeds": args.seeds, "cfg": args.cfg, "changes": args.changes}
     text = json.dumps(result, indent=1)
     if args.split == "test":

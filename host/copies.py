@@ -1,5 +1,6 @@
 """Private copies of a MODEL and a CLIP that can be trained through, beside originals that nothing touches."""
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,9 @@ AMPLE = 20 * 2**30  # bytes: room for a batch of 4 at 512 pixels on SD1.x with a
 def private_copies(
     model: ModelPatcher, clip: CLIP, recompute: bool = False
 ) -> Iterator[tuple[ModelPatcher, CLIP]]:
-    """Reloads `model` and `clip` from disk as ordinary frozen tensors, with the LoRAs they carry, for one training.
+    """Copies of `model` and `clip` with ordinary frozen tensors and the LoRAs they carry, for one training.
+
+    The weights are held once where the host leaves them in place, and are loaded from disk again where it does not.
 
     Gradients flow through both copies; with `recompute` the UNet's blocks keep no activations for them and are
     computed twice (gradient checkpointing). Both copies are freed on the way out.
@@ -31,8 +34,8 @@ def private_copies(
     """
     in_training = comfy.model_management.in_training
     with torch.inference_mode(False), torch.enable_grad():
-        unet, text = _reload(model, "MODEL", recompute), clip.clone()
-        text.patcher = _reload(clip.patcher, "CLIP")
+        unet, text = _private(model, "MODEL", recompute), clip.clone()
+        text.patcher = _private(clip.patcher, "CLIP")
         text.cond_stage_model = text.patcher.model
         try:
             comfy.model_management.in_training = True
@@ -65,8 +68,42 @@ def memory_is_short(model: ModelPatcher) -> bool:
     return device.type != "cpu" and comfy.model_management.get_total_memory(device) < AMPLE
 
 
-def _reload(patcher: ModelPatcher, socket: str, recompute: bool = False) -> ModelPatcher:
-    """`patcher.clone(force_deepcopy=True, disable_dynamic=True)`, spelled so that hosts before 0.26 have it too."""
+def _private(patcher: ModelPatcher, socket: str, recompute: bool = False) -> ModelPatcher:
+    """A patcher with modules of its own, loaded whole, with the LoRAs that `patcher` carries."""
+    weights = [*patcher.model.parameters(), *patcher.model.buffers()]
+    if patcher.is_dynamic() or any(type(weight.data) is not Tensor for weight in weights):
+        fresh = _reloaded(patcher, socket)
+    else:
+        comfy.model_management.unload_model_and_clones(patcher)  # takes what LoRAs changed out of the weights
+        fresh = ModelPatcher(_twin(patcher.model), patcher.load_device, patcher.offload_device)
+    private = patcher.clone(disable_dynamic=True, model_override=fresh.get_clone_model_override())
+    _prepare(private, recompute)
+    settle(private)  # while `fresh` lives: the host has it down as loaded and would report it as leaked
+    return private
+
+
+def _twin(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the modules over the same memory, so that frozen weights are held once.
+
+    What a loader made in inference mode cannot be trained through; these are ordinary tensors on the same storage.
+    """
+
+    def shared(weight: Tensor) -> Tensor:
+        view = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        view.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
+        return torch.nn.Parameter(view, requires_grad=False) if isinstance(weight, torch.nn.Parameter) else view
+
+    known = {id(weight): shared(weight) for weight in (*model.parameters(), *model.buffers())}
+    if isinstance(model, BaseModel):
+        known |= {id(model.current_patcher): None, id(model.model_config): model.model_config}
+    return copy.deepcopy(model, known)
+
+
+def _reloaded(patcher: ModelPatcher, socket: str) -> ModelPatcher:
+    """`patcher.clone(force_deepcopy=True, disable_dynamic=True)`, spelled so that hosts before 0.26 have it too.
+
+    For weights that the host moves about on its own (dynamic VRAM) or keeps quantised.
+    """
     if patcher.cached_patcher_init is None:
         raise ValueError(
             f"The {socket} comes from a loader that cannot load it a second time, which training needs; "
@@ -74,25 +111,21 @@ def _reload(patcher: ModelPatcher, socket: str, recompute: bool = False) -> Mode
         )
     factory, arguments, *index = patcher.cached_patcher_init
     fresh = factory(*arguments, disable_dynamic=True)
-    fresh = fresh[index[0]] if index else fresh
-    copy = patcher.clone(disable_dynamic=True, model_override=fresh.get_clone_model_override())
-    _prepare(copy, recompute)
-    settle(copy)  # while `fresh` lives: the host has it down as loaded and would report it as leaked
-    return copy
+    return fresh[index[0]] if index else fresh
 
 
-def _prepare(copy: ModelPatcher, recompute: bool) -> None:
+def _prepare(private: ModelPatcher, recompute: bool) -> None:
     """Freezes the weights and makes every part let gradients through."""
-    copy.model.requires_grad_(False).eval()
-    for name, layer in copy.model.named_modules():
+    private.model.requires_grad_(False).eval()
+    for name, layer in private.model.named_modules():
         if isinstance(layer, CLIPLayer):
-            copy.add_object_patch(f"{name}.forward", partial(_differentiable_forward, layer))
+            private.add_object_patch(f"{name}.forward", partial(_differentiable_forward, layer))
         elif recompute and isinstance(layer, ResBlock | SpatialTransformer):
-            copy.add_object_patch(f"{name}.forward", partial(checkpoint, layer.forward, use_reentrant=False))
-    if isinstance(copy.model, BaseModel) and copy.model.get_dtype_inference() == torch.float16:
+            private.add_object_patch(f"{name}.forward", partial(checkpoint, layer.forward, use_reentrant=False))
+    if isinstance(private.model, BaseModel) and private.model.get_dtype_inference() == torch.float16:
         # Half precision has too little range for these gradients.
-        bf16 = comfy.model_management.should_use_bf16(copy.load_device)
-        copy.set_model_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
+        bf16 = comfy.model_management.should_use_bf16(private.load_device)
+        private.set_model_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
 
 
 def _differentiable_forward(layer: CLIPLayer, x: Tensor, mask=None, optimized_attention=None) -> Tensor:

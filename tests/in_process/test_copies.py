@@ -48,12 +48,37 @@ def test_a_lora_on_the_inputs_is_in_the_copies(model, clip):
     assert not torch.equal(expected, plain)
 
 
-def test_originals_keep_every_bit(model, clip):
-    before = weights(model.model), weights(clip.cond_stage_model)
+def moved_about_by_the_host(patcher):
+    """As with dynamic VRAM, where the host keeps weights that cannot be shared."""
+    clone = patcher.clone()
+    clone.is_dynamic = lambda: True
+    return clone
+
+
+def test_weights_are_held_once_and_can_be_trained_through(model, clip):
     with private_copies(model, clip) as (unet, text):
-        for parameter in [*unet.model.parameters(), *text.cond_stage_model.parameters()]:
-            assert not parameter.requires_grad and not parameter.is_inference()
-            parameter.data += 1
+        for private, original in ((unet.model, model.model), (text.cond_stage_model, clip.cond_stage_model)):
+            for ours, theirs in zip(private.parameters(), original.parameters(), strict=True):
+                assert ours is not theirs and ours.data_ptr() == theirs.data_ptr()
+                assert not ours.requires_grad and not ours.is_inference()
+
+
+def test_weights_the_host_moves_about_are_loaded_again(model, clip):
+    with private_copies(moved_about_by_the_host(model), clip) as (unet, _):
+        for ours, theirs in zip(unet.model.parameters(), model.model.parameters(), strict=True):
+            assert torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr()
+
+
+def test_originals_keep_every_bit_also_in_use_with_a_lora(model, clip):
+    before = weights(model.model), weights(clip.cond_stage_model)
+    key = "diffusion_model.input_blocks.0.0.weight"
+    lora = model.clone()
+    lora.add_patches({key: (torch.ones_like(before[0][key]),)}, 0.5)
+    comfy.model_management.load_models_gpu([lora], force_full_load=True)
+    assert not unchanged(model.model, before[0])
+    with private_copies(lora, clip) as (unet, _):
+        assert torch.equal(unet.model.state_dict()[key], before[0][key] + 0.5)
+        assert unchanged(model.model, before[0])
     assert unchanged(model.model, before[0]) and unchanged(clip.cond_stage_model, before[1])
 
 
@@ -69,7 +94,7 @@ def test_copies_are_freed_and_state_is_restored(model, clip):
 
 
 def test_a_loader_that_cannot_load_again_is_named(model, clip):
-    once = model.clone()
+    once = moved_about_by_the_host(model)
     once.cached_patcher_init = None
     with pytest.raises(ValueError, match="The MODEL comes from a loader that cannot load it a second time"):
         with private_copies(once, clip):
