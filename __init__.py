@@ -1,10 +1,12 @@
 """ComfyUI-Concepts: teach a checkpoint your own subjects and compose them on the graph."""
 
-from .microworld.host import register
+from .host import folders
+from .microworld import host
 
 WEB_DIRECTORY = "./web"
 
-register()
+host.register()
+folders.register()
 
 
 async def comfy_entrypoint():

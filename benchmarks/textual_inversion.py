@@ -21,7 +21,7 @@ from ..microworld.data import parallel
 from ..microworld.oracle import load, read, satisfied, similarity
 from ..microworld.scene import BIASED_CLASS, COLOURS
 from ..microworld.world import CONCEPTS, CURATED, concept_photos, super_category
-from ..nodes.train_textual_inversion import PRESETS
+from ..nodes.train_textual_inversion import pace_of
 from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
 from ..textual_inversion.train import Preview, Recipe, learn_word
@@ -44,11 +44,12 @@ SCENES = (
 )
 
 
-def learn(base, name: str, seed: int, photos: int = 4, masked: bool = False, **changes) -> Concept:
+def learn(base, name: str, seed: int, photos: int = 4, masked: bool = True, **changes) -> Concept:
     """A word from photos of a sample concept, by the node's balanced preset unless `changes` say otherwise."""
+    kind = super_category(name)
     pictures, masks = concept_photos(name, photos, PHOTOS_SEED + seed)
-    recipe = Recipe(**{"placeholder": "<mine>", "init_text": super_category(name), "seed": seed,
-                       **PRESETS["balanced"], **changes})
+    recipe = Recipe(**{"placeholder": "<mine>", "init_text": kind, "seed": seed,
+                       **pace_of("balanced", base[1], kind), **changes})
     quiet = Preview(every=0, steps=1)
     given = gather([torch.from_numpy(pictures)], [torch.from_numpy(masks)] if masked else [])
     return learn_word(*base, given, recipe, quiet).concept

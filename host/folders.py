@@ -4,6 +4,8 @@ from pathlib import Path
 
 import folder_paths
 
+CONCEPTS = "concepts"
+
 
 def file_names(kind: str, endings: tuple[str, ...]) -> list[str]:
     """The files with those endings in the folders of a kind (`embeddings`, `loras`), as the host lists them."""
@@ -16,6 +18,17 @@ def file_path(kind: str, name: str) -> Path:
     if path is None:
         raise ValueError(f"There is no {name!r} in models/{kind}; press R to refresh the list.")
     return Path(path)
+
+
+def register() -> None:
+    """Makes models/concepts a folder of models. Calling it twice changes nothing."""
+    folder_paths.add_model_folder_path(CONCEPTS, str(Path(folder_paths.models_dir) / CONCEPTS), is_default=True)
+    folder_paths.folder_names_and_paths[CONCEPTS][1].add(".safetensors")
+
+
+def concepts_folder() -> Path:
+    """The first concepts folder, where concepts with an edit are saved."""
+    return Path(folder_paths.get_folder_paths(CONCEPTS)[0])
 
 
 def loras_folder() -> Path:
@@ -36,6 +49,11 @@ def unfinished_folder() -> Path:
 def states_folder() -> Path:
     """Where running trainings keep the states they can go on from: output/concepts/states."""
     return unfinished_folder() / "states"
+
+
+def covariances_folder() -> Path:
+    """Where the covariances of text encoders are kept: user/concepts/covariances."""
+    return Path(folder_paths.get_user_directory()) / "concepts" / "covariances"
 
 
 def input_subfolders() -> list[str]:

@@ -1,6 +1,7 @@
 """What travels over ComfyUI's own sockets, for annotations in the layers above."""
 
+from comfy.hooks import HookGroup
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 
-__all__ = ["CLIP", "VAE", "ModelPatcher"]
+__all__ = ["CLIP", "VAE", "HookGroup", "ModelPatcher"]

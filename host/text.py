@@ -1,11 +1,15 @@
 """Text in a CLIP: encoding without the host's model loading, embedding rows, and sizes."""
 
+import copy
+import hashlib
 from collections.abc import Sequence
 from math import lcm
+from uuid import uuid4
 
 import torch
 from comfy.sd import CLIP
 from comfy.sd1_clip import SDClipModel, SDTokenizer
+from einops import rearrange
 from torch import Tensor
 
 
@@ -24,13 +28,18 @@ def encode(clip: CLIP, text: str) -> tuple[Tensor, Tensor | None]:
 
     `clip.encode_from_tokens` would first let the host make room, which may push out a UNet that is being trained.
     """
-    model = clip.cond_stage_model
-    model.reset_clip_options()
-    if clip.layer_idx is not None:
-        model.set_clip_options({"layer": clip.layer_idx})
-    model.set_clip_options({"execution_device": clip.patcher.load_device})
-    context, pooled, *_ = model.encode_token_weights(clip.tokenize(text))
+    context, pooled, *_ = _encoder_at_work(clip).encode_token_weights(clip.tokenize(text))
     return context, pooled
+
+
+def word_places(clip: CLIP, text: str, vectors: int) -> list[int]:
+    """Where in its encoding the vectors of a learned word end, once for each time `text` has the word.
+
+    `vectors` is how many the word has. Encoders of a pair have the same places.
+    """
+    sections = next(iter(clip.tokenize(text).values()))
+    given = [isinstance(token, Tensor) for section in sections for token, *_ in section]
+    return [place for place, here in enumerate(given) if here][vectors - 1::vectors]
 
 
 def encode_all(clip: CLIP, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
@@ -44,6 +53,52 @@ def encode_all(clip: CLIP, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]
     pooled = [encoded[text][1] for text in texts]
     return (torch.cat([context.repeat(1, length // context.shape[1], 1) for context in contexts]),
             None if pooled[0] is None else torch.cat(pooled))
+
+
+def encode_batch(clip: CLIP, texts: Sequence[str]) -> list[Tensor]:
+    """Encodes the first section of each of `texts` in one go, without gradients: (t d) each, fp32, on the CPU.
+
+    t counts the tokens from the start to the first end token; padding is left out. The host takes the sections of one
+    prompt as a batch; here each is a prompt of its own.
+    """
+    sections = [{name: parts[0] for name, parts in clip.tokenize(text).items()} for text in texts]
+    together = {name: [section[name] for section in sections] for name in sections[0]}
+    with torch.inference_mode(False), torch.no_grad():
+        context, *_ = _encoder_at_work(clip).encode_token_weights(together)
+        contexts = rearrange(context.float().cpu(), "1 (b n) d -> b n d", b=len(texts))
+    end = next(iter(_tokenizers(clip).values())).end_token
+    lengths = [[isinstance(token, int) and token == end for token, *_ in section].index(True) + 1
+               for section in next(iter(together.values()))]
+    return [context[:length] for context, length in zip(contexts, lengths, strict=True)]
+
+
+def plain(clip: CLIP) -> CLIP:
+    """A clone of `clip` as its checkpoint has it: no LoRAs, hooks, learned words, embeddings or weighting of words."""
+    bare = clip.clone()
+    if bare.patcher.patches:
+        bare.patcher.patches, bare.patcher.patches_uuid = {}, uuid4()
+    bare.patcher.injections, bare.patcher.is_injected = {}, False
+    bare.patcher.hook_patches, bare.patcher.forced_hooks = {}, None
+    bare.tokenizer = copy.copy(clip.tokenizer)
+    for name, tokenizer in _tokenizers(clip).items():
+        inner = copy.copy(getattr(tokenizer, "without_folders", tokenizer))
+        inner.embedding_directory, inner.disable_weights = None, True
+        setattr(bare.tokenizer, name, inner)
+    return bare
+
+
+def fingerprint_of(clip: CLIP) -> str:
+    """A digest of the first numbers of every weight, without what LoRAs changed in them, and of the layer taken.
+
+    It is the same in half and in single precision. Weights that the encodings do not depend on are left out: SD1.x
+    checkpoints lack them, and the host then leaves in them what the memory held.
+    """
+    digest = hashlib.sha256(repr(_layers(clip)).encode())
+    for name, ((weight, _), *_) in clip.patcher.get_key_patches().items():
+        if not name.endswith(("text_projection.weight", "logit_scale")):
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(weight.reshape(-1)[:32].half().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def ready(clip: CLIP) -> CLIP:
@@ -68,6 +123,27 @@ def vocabulary(clip: CLIP, encoder: str) -> tuple[list[str], Tensor]:
     words = {token.removesuffix("</w>"): row for token, row in tokens.items() if token.endswith("</w>")}
     table = _embedding(encoders(clip)[encoder]).weight.detach().cpu()
     return list(words), table[list(words.values())]
+
+
+def _encoder_at_work(clip: CLIP) -> torch.nn.Module:
+    """The text model with this clip's layer and device set."""
+    model = clip.cond_stage_model
+    model.reset_clip_options()
+    if clip.layer_idx is not None:
+        model.set_clip_options({"layer": clip.layer_idx})
+    model.set_clip_options({"execution_device": clip.patcher.load_device})
+    return model
+
+
+def _layers(clip: CLIP) -> dict[str, int]:
+    """The layer, counted from 0, whose output each encoder gives; their number for the last one's after its norm."""
+    _encoder_at_work(clip)
+
+    def taken(encoder: SDClipModel) -> int:
+        layer = encoder.num_layers if encoder.layer == "last" else encoder.layer_idx % encoder.num_layers
+        return layer + (layer == encoder.num_layers - 1 and encoder.layer_norm_hidden_state)
+
+    return {name: taken(encoder) for name, encoder in encoders(clip).items()}
 
 
 def _tokenizers(clip: CLIP) -> dict[str, SDTokenizer]:

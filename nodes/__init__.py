@@ -2,11 +2,14 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from .apply_concept import ConceptsApply
+from .apply_concept import ConceptsApply, ConceptsApplyStack, ConceptsHook
 from .concept_files import ConceptsBundle, ConceptsLoad, ConceptsLoadLoraWords, ConceptsSave
+from .export_lora import ConceptsExportLora
+from .inline_concept import ConceptsInline
 from .inspect_concept import ConceptsInspect
 from .load_photos import ConceptsLoadPhotos
 from .microworld_photos import ConceptsMicroworldPhotos
+from .train_perfusion import ConceptsTrainPerfusion
 from .train_textual_inversion import ConceptsTrainTextualInversion
 
 
@@ -17,11 +20,16 @@ class ConceptsExtension(ComfyExtension):
         return [
             ConceptsLoadPhotos,
             ConceptsTrainTextualInversion,
+            ConceptsTrainPerfusion,
             ConceptsSave,
             ConceptsLoad,
             ConceptsLoadLoraWords,
             ConceptsBundle,
             ConceptsApply,
+            ConceptsApplyStack,
+            ConceptsHook,
+            ConceptsInline,
+            ConceptsExportLora,
             ConceptsInspect,
             ConceptsMicroworldPhotos,
         ]

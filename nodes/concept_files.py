@@ -4,10 +4,13 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..host.folders import embeddings_folder, file_names, file_path, loras_folder
+from ..host.folders import concepts_folder, embeddings_folder, file_names, file_path, loras_folder
+from ..perfusion import file as edit_file
 from ..textual_inversion import file
 from ..textual_inversion.concept import Concept as ConceptValue
 from .sockets import Concept
+
+EDITS = "concepts/"  # in front of the names of files in models/concepts, beside those in models/embeddings
 
 
 class ConceptsSave(io.ComfyNode):
@@ -21,7 +24,8 @@ class ConceptsSave(io.ComfyNode):
             category="concepts/io",
             description=(
                 "Saves a learned word to models/embeddings, where every ComfyUI can use it as embedding:name, with or "
-                "without this pack. Cover picture, trigger word and training settings travel in the file."
+                "without this pack, and a Perfusion concept to models/concepts, for Load Concept. Cover picture, "
+                "trigger word and training settings travel in the file."
             ),
             search_aliases=["save embedding", "save textual inversion", "export embedding"],
             is_output_node=True,
@@ -35,12 +39,14 @@ class ConceptsSave(io.ComfyNode):
                 )),
                 io.Combo.Input("layout", options=list(file.LAYOUTS), default=file.DEFAULT_LAYOUT, optional=True,
                                advanced=True, tooltip=(
-                    "Which programs the file is laid out for. The first is read by nearly all of them."
+                    "Which programs a learned word is laid out for. The first is read by nearly all of them. A "
+                    "Perfusion concept has one layout."
                 )),
             ],
             outputs=[
                 io.String.Output("text", display_name="prompt text", tooltip=(
-                    "How to write it in a prompt where this pack is not installed, such as embedding:mine."
+                    "How to write it in a prompt: embedding:mine for a word, which needs no pack; the placeholder for "
+                    "a Perfusion concept."
                 )),
             ],
         )
@@ -48,6 +54,15 @@ class ConceptsSave(io.ComfyNode):
     @classmethod
     def execute(cls, concept: ConceptValue, name: str, overwrite: bool,
                 layout: str = file.DEFAULT_LAYOUT) -> io.NodeOutput:
+        if concept.edit is not None:
+            if layout != file.DEFAULT_LAYOUT:
+                raise ValueError(f"The layout {layout!r} is for learned words; a Perfusion concept has only the first.")
+            path = edit_file.save(concept, concepts_folder(), name, overwrite)
+            text = concept.words[0].placeholder
+            shown = f"{EDITS}{path.relative_to(concepts_folder()).as_posix()}"
+            return io.NodeOutput(text, ui=ui.PreviewText(
+                f"Saved: choose {shown} in Load Concept, connect Apply Concept and write {text} in the prompt."
+            ))
         folder = embeddings_folder()
         path = file.save(concept, folder, name, overwrite, layout)
         text = f"embedding:{path.relative_to(folder).with_suffix('').as_posix()}"
@@ -63,18 +78,22 @@ class ConceptsLoad(io.ComfyNode):
             node_id="ConceptsLoad",
             display_name="Load Concept",
             category="concepts/io",
-            description="Loads a learned word from models/embeddings, to be given to a CLIP by Apply Concept.",
-            search_aliases=["load embedding", "load textual inversion"],
+            description=(
+                "Loads a learned word from models/embeddings or a Perfusion concept from models/concepts, for Apply "
+                "Concept."
+            ),
+            search_aliases=["load embedding", "load textual inversion", "load perfusion"],
             inputs=[
-                io.Combo.Input("name", options=file_names("embeddings", file.ENDINGS), tooltip=(
-                    "A file in models/embeddings: safetensors, or .pt and .bin, which are read without running code."
+                io.Combo.Input("name", options=_names(), tooltip=(
+                    "A word in models/embeddings: safetensors, or .pt and .bin, which are read without running code; "
+                    "or, with concepts/ in front, a Perfusion concept in models/concepts."
                 )),
                 io.String.Input("placeholder", default="", tooltip=(
                     "The word that prompts use for it. Empty takes the one in the file, or <file name>."
                 )),
             ],
             outputs=[
-                Concept.Output("concept", display_name="concept", tooltip="The learned word, for Apply Concept."),
+                Concept.Output("concept", display_name="concept", tooltip="What was learned, for Apply Concept."),
                 io.String.Output("placeholder", display_name="placeholder", tooltip="The word to write in prompts."),
             ],
         )
@@ -82,11 +101,12 @@ class ConceptsLoad(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, name: str, placeholder: str) -> str:
         """A file that was written anew is read anew."""
-        return _stamp(file_path("embeddings", name))
+        return _stamp(_path(name))
 
     @classmethod
     def execute(cls, name: str, placeholder: str) -> io.NodeOutput:
-        return _loaded(file.load(file_path("embeddings", name), placeholder.strip()))
+        reader = edit_file if name.startswith(EDITS) else file
+        return _loaded(reader.load(_path(name), placeholder.strip()))
 
 
 class ConceptsLoadLoraWords(io.ComfyNode):
@@ -162,6 +182,17 @@ class ConceptsBundle(io.ComfyNode):
         path = file.bundle(concept, file_path("loras", lora), folder, name, overwrite)
         saved = path.relative_to(folder).as_posix()
         return io.NodeOutput(saved, ui=ui.PreviewText(f"Saved {saved} in models/loras."))
+
+
+def _names() -> list[str]:
+    return [*file_names("embeddings", file.ENDINGS),
+            *(f"{EDITS}{name}" for name in file_names("concepts", (edit_file.ENDING,)))]
+
+
+def _path(name: str) -> Path:
+    if name.startswith(EDITS):
+        return file_path("concepts", name.removeprefix(EDITS))
+    return file_path("embeddings", name)
 
 
 def _stamp(path: Path) -> str:

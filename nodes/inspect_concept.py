@@ -2,6 +2,9 @@
 
 from comfy_api.latest import io, ui
 
+from ..perfusion.apply import BIAS
+from ..perfusion.covariance import precision
+from ..perfusion.inspection import as_tensor, gate_bars, gates
 from ..textual_inversion.concept import Concept as ConceptValue
 from ..textual_inversion.inspection import report
 from .sockets import Concept
@@ -26,13 +29,30 @@ class ConceptsInspect(io.ComfyNode):
             inputs=[
                 Concept.Input("concept", tooltip="What to look at, from a training or from Load Concept."),
                 io.Clip.Input("clip", tooltip="The text encoder it was learned for, whose words it is compared with."),
+                io.String.Input("prompt", default="a photo of a {} in the snow", optional=True, tooltip=(
+                    "For a Perfusion concept: a prompt, {} where its word goes. The picture shows how far the concept "
+                    "is switched on at each token."
+                )),
+                io.Float.Input("bias", default=BIAS, min=-1.0, max=2.0, step=0.01, optional=True, tooltip=(
+                    "The bias that the picture is drawn for, as in Apply Concept."
+                )),
             ],
-            outputs=[io.String.Output("report", display_name="report", tooltip="What the node shows, as text.")],
+            outputs=[
+                io.String.Output("report", display_name="report", tooltip="What the node shows, as text."),
+                io.Image.Output("gates", display_name="gates", tooltip=(
+                    "Which words of the prompt a Perfusion concept touches; empty for a plain word."
+                )),
+            ],
         )
 
     @classmethod
-    def execute(cls, concept: ConceptValue, clip) -> io.NodeOutput:
+    def execute(cls, concept: ConceptValue, clip, prompt: str = "{}", bias: float = BIAS) -> io.NodeOutput:
         if clip is None:
             raise ValueError("This checkpoint file has no text encoder (CLIP); load one and connect it to 'clip'.")
         page = report(clip, concept)
-        return io.NodeOutput(page, ui=ui.PreviewText(page))
+        if concept.edit is None:
+            return io.NodeOutput(page, None, ui=ui.PreviewText(page))
+        text = prompt.replace("{}", concept.words[0].placeholder)
+        picture = as_tensor(gate_bars(gates(clip, concept, precision(clip), text, bias), f"gates at bias {bias:g}"))
+        shown = ui.PreviewText(page).as_dict() | ui.PreviewImage(picture, cls=cls).as_dict()
+        return io.NodeOutput(page, picture, ui=shown)

@@ -1,29 +1,17 @@
 """Train Textual Inversion."""
 
-import json
-from collections import Counter
-from math import isfinite
-
-import numpy as np
-import torch
 from comfy_api.latest import io
 
-from ..host.copies import memory_is_short
-from ..host.text import is_ordinary_word
-from ..textual_inversion.templates import BY_KIND, sentences
-from ..textual_inversion.train import Keeping, Preview, Recipe, learn_word
-from ..textual_inversion.word import check_placeholder
-from ..training.dataset import gather
-from ..training.optimisers import OPTIMISERS, SCHEDULES
-from .sockets import Concept
+from ..host.text import ready, rows
+from ..textual_inversion.train import Recipe, learn_word
+from ..textual_inversion.word import row_size
+from .training_inputs import OWN, common_recipe, how_to_look, how_to_run, outputs, pace, run, stops, what_to_learn
 
-PRESETS = {
-    "balanced": {"steps": 300, "learning_rate": 0.01, "batch_size": 4},
-    "quick": {"steps": 100, "learning_rate": 0.01, "batch_size": 4},
-    "thorough": {"steps": 1000, "learning_rate": 0.005, "batch_size": 4},
+PRESETS = {  # the rate is in root mean squares of the class word's numbers: encoders differ fivefold in them
+    "balanced": {"steps": 100, "rate": 0.6, "batch_size": 4},
+    "quick": {"steps": 50, "rate": 0.6, "batch_size": 4},
+    "thorough": {"steps": 400, "rate": 0.3, "batch_size": 4},
 }
-OWN = "own settings"
-_stopped: Counter[str] = Counter()
 
 
 class ConceptsTrainTextualInversion(io.ComfyNode):
@@ -45,36 +33,10 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
                             "personalization", "concept"],
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip=(
-                    "The checkpoint to learn for: Stable Diffusion 1.x, 2.x or SDXL. LoRAs on it count."
-                )),
-                io.Clip.Input("clip", tooltip=(
-                    "The checkpoint's text encoder. The new word is learned for this encoder."
-                )),
-                io.Vae.Input("vae", tooltip="The checkpoint's VAE. Photos are encoded once, before the first step."),
-                io.Image.Input("images", tooltip=(
-                    "Three to ten photos of the thing, in different places and from different sides, the thing large "
-                    "in each. A batch, or a list of any sizes; the middle square of each is used."
-                )),
-                io.Mask.Input("masks", optional=True, tooltip=(
-                    "Where the thing is, 1 on it, one mask for each photo: the rest of the photo then hardly counts. "
-                    "Load Image gives masks the other way round; put Invert Mask between."
-                )),
-                io.String.Input("captions", optional=True, force_input=True, tooltip=(
-                    "What each photo shows, one text for each, as dataset loaders give them. The word takes the place "
-                    "of {} or of the init text in it. Without a caption a photo gets the sentences below."
-                )),
-                io.String.Input("init_text", default="", placeholder="class word, such as: cat", tooltip=(
-                    "The ordinary word or words that come closest, such as 'cat' or 'teapot'. Learning starts there; "
-                    "the closer, the sooner it is done."
-                )),
-                io.String.Input("placeholder", default="<mine>", tooltip=(
-                    "The word that prompts will use for it, such as <mine>. One word; in angle brackets it can never "
-                    "be mistaken for another."
-                )),
+                *what_to_learn(),
                 io.DynamicCombo.Input("preset", options=[
                     *(io.DynamicCombo.Option(name, []) for name in PRESETS),
-                    io.DynamicCombo.Option(OWN, _own_settings()),
+                    io.DynamicCombo.Option(OWN, pace(steps=300, learning_rate=0.01)),
                 ], tooltip=(
                     "How long and how fast to learn. 'balanced' suits three to ten photos, 'quick' is for a first "
                     "look, 'thorough' for a last one; 'own settings' shows the numbers behind."
@@ -86,175 +48,44 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
                     "How many token places the word takes in the prompt. More hold more detail and push the rest of "
                     "the prompt aside."
                 )),
-                io.Combo.Input("sentences", options=list(BY_KIND), default="object", advanced=True, tooltip=(
-                    "The kind of sentences the word is learned in: 'object' for things and beings, 'style' for a look."
-                )),
-                io.String.Input("own_sentences", default="", multiline=True, advanced=True,
-                                placeholder="your own sentences, one per line: a photo of {} on a table", tooltip=(
-                    "Your own sentences instead, one per line, {} where the word goes. What they say besides the word "
-                    "is not learned into the word, so name backgrounds that all photos share."
-                )),
-                io.Int.Input("resolution", default=0, min=0, max=2048, step=64, advanced=True, tooltip=(
-                    "Side of the training square in pixels. 0 takes the photos' own size, up to 512."
-                )),
-                io.Boolean.Input("mirror", default=False, advanced=True, tooltip=(
-                    "Also learn from mirrored photos. Off for anything with lettering or whose left and right differ."
-                )),
-                io.Int.Input("crops", default=0, min=0, max=16, advanced=True, tooltip=(
-                    "Also learn from so many random crops of each photo, three quarters of it or more. For photos "
-                    "that are all framed alike."
-                )),
-                io.Float.Input("mask_floor", default=0.1, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
-                    "How much the photo outside its mask counts. Above 0 the word also learns how the thing meets "
-                    "its surroundings. Without masks it does nothing."
-                )),
-                io.Float.Input("snr_cap", default=0.0, min=0.0, max=100.0, step=0.5, advanced=True, tooltip=(
-                    "Min-SNR weighting: bounds how much nearly clean pictures count. 5 is usual, 0 turns it off."
-                )),
+                *how_to_look(),
                 io.Float.Input("keep_length", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
                     "How strongly the vectors are drawn back to the length of the init text's after each step. 0 lets "
                     "them grow: closer to the photos. Higher: obeys the prompt more."
                 )),
-                io.Combo.Input("save_memory", options=["auto", "on", "off"], default="auto", advanced=True, tooltip=(
-                    "Compute parts of the model twice instead of keeping them (gradient checkpointing): about half "
-                    "the memory, a third slower. 'auto' does so on cards with less than 20 GB."
-                )),
-                io.Int.Input("save_every", default=100, min=0, max=100000, advanced=True, tooltip=(
-                    "Keeps a state on disk every so many steps, from which the training goes on after a crash or "
-                    "Cancel. 0 keeps none."
-                )),
-                io.Int.Input("keep_states", default=2, min=1, max=100, advanced=True, tooltip=(
-                    "How many of the newest states to keep. A training that is done removes its own."
-                )),
-                io.Boolean.Input("resume", default=True, advanced=True, tooltip=(
-                    "Go on from the newest state when the very same training was stopped before. Off starts anew."
-                )),
-                io.Int.Input("preview_every", default=100, min=0, max=100000, advanced=True, tooltip=(
-                    "A sample picture is drawn every so many steps. 0 draws only the first and the last."
-                )),
-                io.String.Input("preview_prompt", default="a photo of a {}", advanced=True, tooltip=(
-                    "What the sample pictures show; {} is where the word goes."
-                )),
-                io.Float.Input("preview_cfg", default=7.0, min=1.0, max=30.0, step=0.1, advanced=True, tooltip=(
-                    "How closely the sample pictures follow their prompt, as in KSampler. Does not affect what is "
-                    "learned."
-                )),
-                io.Int.Input("preview_steps", default=20, min=1, max=200, advanced=True, tooltip=(
-                    "Sampling steps of each sample picture. Does not affect what is learned."
-                )),
+                *how_to_run(),
             ],
-            outputs=[
-                Concept.Output("concept", display_name="concept", tooltip=(
-                    "The learned word, for Save Concept and Apply Concept."
-                )),
-                io.LossMap.Output("loss_map", display_name="loss_map", tooltip=(
-                    "The loss of every step, for ComfyUI's Plot Loss Graph."
-                )),
-                io.Image.Output("sample_sheet", display_name="sample sheet", tooltip=(
-                    "One page to judge the training by: photos, samples from first to last, loss curve."
-                )),
-            ],
+            outputs=outputs(),
         )
 
     @classmethod
     def fingerprint_inputs(cls, **inputs) -> str:
         """A training that was cancelled is not taken from the cache when it is queued again."""
-        return str(_stopped[_widgets(inputs)])
+        return stops(inputs)
 
     @classmethod
     def execute(cls, **inputs) -> io.NodeOutput:
-        photos = gather(inputs["images"], *([item for item in inputs.get(name) or () if item is not None]
-                                            for name in ("masks", "captions")))
-        one = {name: values[0] for name, values in inputs.items() if isinstance(values, list) and values}
-        check_sockets(one)
-        recipe, view = read_recipe(one, chosen_pace(inputs["preset"])), read_preview(one)
-        keeping = Keeping(one["save_every"], one["keep_states"], one["resume"])
-        recompute = one["save_memory"] == "on" or one["save_memory"] == "auto" and memory_is_short(one["model"])
-        lesson = learn_word(one["model"], one["clip"], one["vae"], photos, recipe, view, keeping, recompute)
-        if len(lesson.losses) < recipe.steps:
-            _stopped[_widgets(inputs)] += 1
-        page = torch.from_numpy(np.asarray(lesson.sheet, dtype=np.float32) / 255)[None]
-        return io.NodeOutput(lesson.concept, {"loss": lesson.losses}, page)
+        def learn(one, photos, *how):
+            recipe = read_recipe(one, chosen_pace(inputs["preset"], one["clip"], one["init_text"].strip()))
+            return recipe, learn_word(one["model"], one["clip"], one["vae"], photos, recipe, *how)
+
+        return run(inputs, learn)
 
 
-def _own_settings() -> list:
-    return [
-        io.Int.Input("steps", default=300, min=1, max=100000, tooltip=(
-            "How many times the word is improved. A few hundred usually do; with more it copies the photos "
-            "more closely and obeys the rest of the prompt less."
-        )),
-        io.Float.Input("learning_rate", default=0.01, min=0.0, max=1.0, step=0.0001, round=0.000001, tooltip=(
-            "How far each step moves. Higher learns faster and forgets the class word sooner. It falls to a "
-            "tenth towards the end."
-        )),
-        io.Int.Input("batch_size", default=4, min=1, max=64, tooltip=(
-            "How many noisy photos each step looks at. More makes steadier steps and needs more memory and "
-            "time."
-        )),
-        io.Int.Input("accumulation", default=1, min=1, max=64, tooltip=(
-            "How many batches make one step. A batch of 1 four times learns like a batch of 4, in the memory of 1."
-        )),
-        io.Combo.Input("schedule", options=list(SCHEDULES), default="cosine", tooltip=(
-            "How the learning rate falls to a tenth towards the end, or that it does not."
-        )),
-        io.Int.Input("warmup", default=0, min=0, max=10000, tooltip=(
-            "Over how many steps the learning rate rises at the start."
-        )),
-        io.Combo.Input("optimiser", options=list(OPTIMISERS), default="AdamW", tooltip=(
-            "What turns gradients into moves. AdamW suits nearly everything; SGD needs far higher rates."
-        )),
-    ]
-
-
-def check_sockets(one: dict) -> None:
-    """Raises ValueError for a checkpoint that came without a part, or a placeholder that its encoder knows."""
-    for name, part in (("model", "diffusion model"), ("clip", "text encoder (CLIP)"), ("vae", "VAE")):
-        if one[name] is None:
-            raise ValueError(f"This checkpoint file has no {part}; load one and connect it to {name!r}.")
-    check_placeholder(one["placeholder"].strip())
-    if is_ordinary_word(one["clip"], one["placeholder"].strip()):
-        raise ValueError(
-            f"{one['placeholder'].strip()!r} is a word the text encoder already knows; use one that is not, "
-            f"such as <{one['placeholder'].strip()}>."
-        )
-
-
-def chosen_pace(preset: dict) -> dict:
-    """Steps, rate and batch size of a preset, or the widgets that 'own settings' shows."""
+def chosen_pace(preset: dict, clip, init_text: str) -> dict:
+    """The pace of a preset, or the widgets that 'own settings' shows."""
     values = {name: value[0] for name, value in preset.items()}
-    return PRESETS.get(values.pop("preset"), values)
+    name = values.pop("preset")
+    return pace_of(name, clip, init_text) if name in PRESETS else values
+
+
+def pace_of(name: str, clip, init_text: str) -> dict:
+    """Steps, rate and batch size of a preset for a word that starts from `init_text` in this CLIP."""
+    preset = PRESETS[name]
+    size = max(row_size(found) for found in rows(ready(clip), init_text).values())
+    return {"steps": preset["steps"], "learning_rate": preset["rate"] * size, "batch_size": preset["batch_size"]}
 
 
 def read_recipe(one: dict, pace: dict) -> Recipe:
-    """The widgets as a recipe, with steps, rate and batch size from `pace`.
-
-    Raises ValueError with one sentence for values that cannot be trained with."""
-    if not one["init_text"].strip():
-        raise ValueError("The init text is empty; write the ordinary word that comes closest, such as 'cat'.")
-    if not isfinite(pace["learning_rate"]) or pace["learning_rate"] <= 0:
-        raise ValueError(f"The learning rate must be a number above 0, such as 0.01; it is {pace['learning_rate']}.")
-    return Recipe(
-        placeholder=one["placeholder"].strip(),
-        init_text=one["init_text"].strip(),
-        seed=one["seed"],
-        vectors=one["vectors"],
-        sentences=sentences(one["sentences"], one["own_sentences"]),
-        norm_pull=one["keep_length"],
-        snr_cap=one["snr_cap"],
-        mask_floor=one["mask_floor"],
-        resolution=one["resolution"],
-        mirror=one["mirror"],
-        crops=one["crops"],
-        **pace,
-    )
-
-
-def read_preview(one: dict) -> Preview:
-    """The widgets that only decide what is shown."""
-    return Preview(one["preview_every"], one["preview_prompt"], one["preview_cfg"], one["preview_steps"])
-
-
-def _widgets(inputs: dict) -> str:
-    firsts = {name: v[0] for name, v in inputs.items() if isinstance(v, list) and v}
-    widgets = {name: value for name, value in firsts.items() if isinstance(value, str | int | float)}
-    return json.dumps([widgets, inputs["preset"]], sort_keys=True)
+    """The widgets as a recipe. Raises ValueError with one sentence for values that cannot be trained with."""
+    return Recipe(vectors=one["vectors"], norm_pull=one["keep_length"], **common_recipe(one, pace))

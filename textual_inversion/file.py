@@ -5,13 +5,14 @@ import re
 import struct
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..training.disk import read_safetensors, write_whole
 from .concept import Concept, Word
-from .formats import read, to_pickle
+from .formats import Found, read, to_pickle, words_in
 from .word import PLACEHOLDER, check_placeholder
 
 LAYOUTS = {"ComfyUI, A1111, kohya": ".safetensors", "diffusers": ".safetensors", "diffusers (.bin)": ".bin",
@@ -47,7 +48,7 @@ def to_bytes(concept: Concept, layout: str = DEFAULT_LAYOUT) -> bytes:
     if len(tensors) == 1:
         ((metadata["concepts.encoder"], vectors),) = tensors.items()
         tensors = {word.placeholder if layout == "diffusers" else SINGLE: vectors}
-    return _with_metadata(safetensors.torch.save(tensors), metadata)
+    return with_metadata(safetensors.torch.save(tensors), metadata)
 
 
 def save(concept: Concept, folder: Path, name: str, overwrite: bool = False, layout: str = DEFAULT_LAYOUT) -> Path:
@@ -57,7 +58,7 @@ def save(concept: Concept, folder: Path, name: str, overwrite: bool = False, lay
     or with the reason when the disk refuses.
     """
     data = to_bytes(concept, layout)
-    path = _free_path(folder, checked_name(name), LAYOUTS[layout], overwrite)
+    path = free_path(folder, checked_name(name), LAYOUTS[layout], overwrite)
     write_whole(path, data)
     return path
 
@@ -75,8 +76,8 @@ def bundle(concept: Concept, lora: Path, folder: Path, name: str, overwrite: boo
         for encoder, vectors in word.vectors.items():
             key = "string_to_param.*" if word.vectors.keys() == {"clip_l"} else encoder
             tensors[f"bundle_emb.{title}.{key}"] = vectors.detach().cpu().float().contiguous()
-    path = _free_path(folder, checked_name(name), ".safetensors", overwrite)
-    write_whole(path, _with_metadata(safetensors.torch.save(tensors), metadata))
+    path = free_path(folder, checked_name(name), ".safetensors", overwrite)
+    write_whole(path, with_metadata(safetensors.torch.save(tensors), metadata))
     return path
 
 
@@ -86,13 +87,28 @@ def load(path: Path, placeholder: str = "") -> Concept:
     Raises ValueError that names the file when it is damaged or holds no words.
     """
     found, metadata = read(path)
+    return _concept(path.name, path.stem, found, metadata, placeholder)
+
+
+def from_bytes(data: bytes, name: str) -> Concept:
+    """Reads the word in the bytes of a file that `to_bytes` made in its first layout; `name` is what errors call it."""
+    try:
+        tensors = safetensors.torch.load(data)
+        size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8:8 + size]).get("__metadata__", {})
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} is not readable: {error}.") from error
+    return _concept(name, "mine", words_in(name, tensors, metadata), metadata, "")
+
+
+def _concept(file: str, stem: str, found: Found, metadata: dict[str, str], placeholder: str) -> Concept:
     if placeholder and len(found) > 1:
-        raise ValueError(f"{path.name} holds {len(found)} words ({', '.join(found)}); leave the placeholder empty.")
+        raise ValueError(f"{file} holds {len(found)} words ({', '.join(found)}); leave the placeholder empty.")
     class_word = metadata.get("concepts.class_word", "")
     words = []
     for name, tensors in found.items():
-        vectors = {encoder: _checked(path, encoder, tensor) for encoder, tensor in tensors.items()}
-        written = placeholder or metadata.get("concepts.placeholder") or _placeholder(name or path.stem)
+        vectors = {encoder: _checked(file, encoder, tensor) for encoder, tensor in tensors.items()}
+        written = placeholder or metadata.get("concepts.placeholder") or _placeholder(name or stem)
         check_placeholder(written)
         words.append(Word(written, class_word, vectors))
     return Concept(tuple(words), metadata=metadata)
@@ -107,7 +123,8 @@ def checked_name(name: str) -> str:
     return name
 
 
-def _free_path(folder: Path, name: str, ending: str, overwrite: bool) -> Path:
+def free_path(folder: Path, name: str, ending: str, overwrite: bool) -> Path:
+    """Where to write a file of this name: one that is taken gets a counter unless `overwrite`."""
     path, number = folder / f"{name}{ending}", 2
     while path.exists() and not overwrite:
         path, number = folder / f"{name}_{number}{ending}", number + 1
@@ -119,22 +136,22 @@ def _placeholder(name: str) -> str:
     return name if PLACEHOLDER.fullmatch(name) and name.startswith("<") else f"<{re.sub('[^A-Za-z0-9_-]+', '-', name)}>"
 
 
-def _checked(path: Path, name: str, vectors: Tensor) -> Tensor:
+def _checked(file: str, name: str, vectors: Tensor) -> Tensor:
     if not isinstance(vectors, Tensor):
-        raise ValueError(f"{path.name} is not an embedding: it holds a {type(vectors).__name__}.")
+        raise ValueError(f"{file} is not an embedding: it holds a {type(vectors).__name__}.")
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     if vectors.ndim != 2 or not 1 <= len(vectors) <= LONGEST or vectors.shape[1] == 0:
-        raise ValueError(f"{path.name} is not an embedding: {name!r} has the shape {tuple(vectors.shape)}.")
+        raise ValueError(f"{file} is not an embedding: {name!r} has the shape {tuple(vectors.shape)}.")
     if not vectors.is_floating_point():
-        raise ValueError(f"{path.name} is not an embedding: {name!r} holds whole numbers.")
+        raise ValueError(f"{file} is not an embedding: {name!r} holds whole numbers.")
     with torch.inference_mode(False):
         vectors = vectors.to(torch.float32).clone()  # of its own: the file may be replaced, the word trained with
     if not bool(vectors.isfinite().all()):
-        raise ValueError(f"{path.name} is damaged: {name!r} holds values that are not finite numbers.")
+        raise ValueError(f"{file} is damaged: {name!r} holds values that are not finite numbers.")
     return vectors
 
 
-def _with_metadata(data: bytes, metadata: dict[str, str]) -> bytes:
+def with_metadata(data: bytes, metadata: dict[str, str]) -> bytes:
     """safetensors writes metadata in random order; sorted, the same word always gives the same file."""
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8:8 + size])

@@ -34,7 +34,7 @@ def read(path: Path) -> tuple[Found, dict[str, str]]:
         metadata, content = read_safetensors(path, BUNDLED)
     else:
         metadata, content = {}, _unpickled(path)
-    return _words(path, content, metadata), metadata
+    return words_in(path.name, content, metadata), metadata
 
 
 def to_pickle(layout: str, placeholder: str, vectors: Tensor) -> bytes:
@@ -64,7 +64,8 @@ def _unpickled(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _words(path: Path, content: dict[str, Any], metadata: dict[str, str]) -> Found:
+def words_in(file: str, content: dict[str, Any], metadata: dict[str, str]) -> Found:
+    """The words among the tensors of a file, by its layout. Raises ValueError that names the `file`."""
     bundled = [(match, content[key]) for key in content if (match := BUNDLED.fullmatch(key))]
     if bundled:
         found: Found = {}
@@ -73,11 +74,11 @@ def _words(path: Path, content: dict[str, Any], metadata: dict[str, str]) -> Fou
             found.setdefault(match["name"], {})[encoder] = tensor
         return found
     if "string_to_param" in content:
-        return {str(content.get("name") or ""): _one(path, _parameters(content["string_to_param"]), metadata)}
+        return {str(content.get("name") or ""): _one(file, _parameters(content["string_to_param"]), metadata)}
     if content and content.keys() <= ENCODER_OF_KEY.keys():
         return {"": {ENCODER_OF_KEY[key]: tensor for key, tensor in content.items()}}
     name = next(iter(content), "")
-    return {str(name) if str(name).startswith("<") else "": _one(path, content, metadata)}
+    return {str(name) if str(name).startswith("<") else "": _one(file, content, metadata)}
 
 
 def _parameters(kept: Any) -> dict[str, Any]:
@@ -89,11 +90,11 @@ def _parameters(kept: Any) -> dict[str, Any]:
     return dict(kept) if isinstance(kept, Mapping) else {}
 
 
-def _one(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str]) -> dict[str, Tensor]:
+def _one(file: str, tensors: Mapping[str, Any], metadata: dict[str, str]) -> dict[str, Tensor]:
     if not tensors:
-        raise ValueError(f"{path.name} holds no embedding.")
+        raise ValueError(f"{file} holds no embedding.")
     if len(tensors) > 1:
-        raise ValueError(f"{path.name} is not an embedding: it holds {len(tensors)} tensors, "
+        raise ValueError(f"{file} is not an embedding: it holds {len(tensors)} tensors, "
                          f"one of them {next(iter(tensors))!r}.")
     (tensor,) = tensors.values()
     return {_encoder_of(tensor, metadata): tensor}

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,10 @@ class Lesson:
 class WordMethod:
     """The few numbers of a word as leaves on the private copies, and the loss they lower."""
 
+    architecture = "textual-inversion"
+
     def __init__(self, unet: ModelPatcher, clip: CLIP, recipe: Recipe, lessons: Lessons) -> None:
-        self.recipe, self.model, self.weights = recipe, unet.model, lessons.weights
+        self.recipe, self.unet, self.model, self.weights = recipe, unet, unet.model, lessons.weights
         device = clip.patcher.load_device
         self.leaves = {
             encoder: spread(start, recipe.vectors).clone().to(device).requires_grad_()
@@ -110,9 +112,15 @@ class WordMethod:
 
     def loss(self, batch: Batch) -> Tensor:
         """Equation (2): the model's own loss under sentences with the word, of each sample (b)."""
+        return self.error_under(batch, *encode_all(self.clip, self.prompts(batch)))
+
+    def prompts(self, batch: Batch) -> list[str]:
+        """What each sample is learned under: its caption, or one of the sentences."""
         sentence = self.recipe.sentences[batch.lot % len(self.recipe.sentences)]
-        sentences = [self.captions[photo] or sentence for photo in batch.photos]
-        context, pooled = encode_all(self.clip, [fill(s, self.recipe.placeholder) for s in sentences])
+        return [fill(self.captions[photo] or sentence, self.recipe.placeholder) for photo in batch.photos]
+
+    def error_under(self, batch: Batch, context: Tensor, pooled: Tensor | None) -> Tensor:
+        """The model's own loss of each sample (b) under encoded prompts (b n d), weighted by the masks."""
         error = denoising_error(self.model, batch.latents, batch.noise, batch.timesteps, context, pooled,
                                 self.recipe.snr_cap)
         return weighted_mean(error, None if self.weights is None else self.weights[batch.photos, batch.views])
@@ -121,8 +129,19 @@ class WordMethod:
         for encoder, leaf in self.leaves.items():
             leaf.data = with_norm(leaf.data, self.norms[encoder], self.recipe.norm_pull)
 
-    def word(self) -> Word:
+    def sampled(self) -> ModelPatcher:
+        """The model as it draws with what is learned so far."""
+        return self.unet
+
+    def concept(self, metadata: Mapping[str, str]) -> Concept:
         """What is learned so far, as values of its own."""
+        return Concept((self.word(),), metadata=metadata)
+
+    def keep(self, concept: Concept, name: str) -> Path:
+        """Saves what an unfinished training learned."""
+        return save(concept, unfinished_folder(), name)
+
+    def word(self) -> Word:
         vectors = {encoder: leaf.detach().cpu().clone() for encoder, leaf in self.leaves.items()}
         return Word(self.recipe.placeholder, self.recipe.init_text, vectors)
 
@@ -132,7 +151,6 @@ class Watcher:
     """Samples on the way, and the live picture under the node."""
 
     method: WordMethod
-    unet: ModelPatcher
     vae: VAE
     shape: tuple[int, ...]
     view: Preview
@@ -159,17 +177,19 @@ class Watcher:
         return fill(self.view.prompt, self.method.recipe.placeholder)
 
     def sample(self, label: str) -> None:
-        picture = sample_picture(self.unet, self.method.clip, self.vae, self.prompt, self.shape,
+        picture = sample_picture(self.method.sampled(), self.method.clip, self.vae, self.prompt, self.shape,
                                  self.view.cfg, self.view.steps, self.method.recipe.seed)
-        settle(self.unet, self.method.clip.patcher)
+        settle(self.method.unet, self.method.clip.patcher)
         self.samples.append((label, preview.to_pil(picture)))
 
 
 def learn_word(
     model: ModelPatcher, clip: CLIP, vae: VAE, photos: Sequence[Photo], recipe: Recipe, view: Preview,
-    keeping: Keeping | None = None, recompute: bool = False,
+    keeping: Keeping | None = None, recompute: bool = False, method_of: Callable[..., WordMethod] = WordMethod,
 ) -> Lesson:
     """Learns `recipe.placeholder` from photos; `model`, `clip` and `vae` stay as they are.
+
+    `method_of(unet, clip, recipe, lessons)` is what learns: the word alone, unless another method adds to it.
 
     Cancelled on the way, it keeps a file of what was learned so far in output/concepts and returns that. With
     `keeping` the same training goes on where it was stopped, even by a crash, and ends as if it never had been.
@@ -183,9 +203,9 @@ def learn_word(
                     recipe.mask_floor)
     with private_copies(model, clip, recompute) as (unet, text):
         lessons = _on(lessons, unet.load_device)
-        method = WordMethod(unet, text, recipe, lessons)
+        method = method_of(unet, text, recipe, lessons)
         states = keeping and _states(keeping, recipe, lessons, fingerprint(unet, text.patcher))
-        watcher = Watcher(method, unet, vae, lessons.latents.shape[2:], view)
+        watcher = Watcher(method, vae, lessons.latents.shape[2:], view)
         watcher.sample(f"step 0: {recipe.init_text}")
         plan = Plan(recipe.steps, recipe.batch_size, recipe.seed, timestep_count(unet.model), recipe.accumulation,
                     recipe.optimiser, recipe.schedule, recipe.warmup)
@@ -193,13 +213,13 @@ def learn_word(
         try:
             losses = train(method, lessons.latents, plan, watcher, states)
         except Diverged as error:
-            kept = _keep(_concept(method, base, watcher, error.losses, shown), len(error.losses))
+            kept = _keep(method, _concept(method, base, watcher, error.losses, shown), len(error.losses))
             raise Diverged(f"{error} What was learned before is kept in {kept}.", error.losses) from error
         if len(losses) < recipe.steps:
             try:
                 watcher.sample(f"stopped at step {len(losses)}")
             finally:  # also when Cancel is pressed a second time
-                kept = _keep(_concept(method, base, watcher, losses, shown), len(losses))
+                kept = _keep(method, _concept(method, base, watcher, losses, shown), len(losses))
                 log.info("Training stopped after %d of %d steps; kept in %s", len(losses), recipe.steps, kept)
         concept = _concept(method, base, watcher, losses, shown)
     return Lesson(concept, losses, _sheet(shown, watcher, losses))
@@ -227,9 +247,9 @@ def _concept(method: WordMethod, base: str, watcher: Watcher, losses: list[float
              photos: Sequence[Photo]) -> Concept:
     side = photos[0].picture.shape[0]
     recipe = asdict(method.recipe) | {"photos": len(photos), "side": side, "steps_done": len(losses)}
-    return Concept((method.word(),), metadata={
+    return method.concept({
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{base}/textual-inversion",
+        "modelspec.architecture": f"{base}/{method.architecture}",
         "modelspec.base_model": base,
         "modelspec.title": recipe["placeholder"].strip("<>"),
         "ssmd_cover_images": json.dumps([preview.cover(watcher.samples[-1][1])]),
@@ -237,9 +257,8 @@ def _concept(method: WordMethod, base: str, watcher: Watcher, losses: list[float
     })
 
 
-def _keep(concept: Concept, steps: int) -> Path:
-    name = concept.words[0].placeholder.strip("<>")
-    return save(concept, unfinished_folder(), f"{name}-step{steps}")
+def _keep(method: WordMethod, concept: Concept, steps: int) -> Path:
+    return method.keep(concept, f"{concept.words[0].placeholder.strip('<>')}-step{steps}")
 
 
 def _sheet(photos: Sequence[Photo], watcher: Watcher, losses: list[float]) -> Image.Image:

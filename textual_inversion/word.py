@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d
 
 PLACEHOLDER = re.compile(r"<[A-Za-z0-9_-]+>|[A-Za-z0-9_-]+")
+NOTHING = "The init text says nothing; write the word or words that come closest, such as 'cat'."
 
 
 def spread(rows: Tensor, count: int) -> Tensor:
@@ -16,9 +17,19 @@ def spread(rows: Tensor, count: int) -> Tensor:
     an average keeps the mean length of the rows. Raises ValueError for no rows.
     """
     if len(rows) == 0:
-        raise ValueError("The init text says nothing; write the word or words that come closest, such as 'cat'.")
+        raise ValueError(NOTHING)
     pooled = adaptive_avg_pool1d(rows.T[None], count)[0].T
     return with_norm(pooled, rows.norm(dim=1).mean(), 1.0)
+
+
+def row_size(rows: Tensor) -> float:
+    """The root mean square of the numbers in embedding rows (t d), by which learning rates of encoders compare.
+
+    Raises ValueError for no rows.
+    """
+    if len(rows) == 0:
+        raise ValueError(NOTHING)
+    return float(f"{rows.square().mean().sqrt().item():.4g}")
 
 
 def with_norm(v: Tensor, norm: Tensor | float, amount: float) -> Tensor:

@@ -1,0 +1,253 @@
+"""Perfusion's figures on the sample world: `python3 dev.py run benchmarks/perfusion.py`.
+
+`--part single`: one concept learned by Perfusion with locked and with trained keys and by Textual Inversion, drawn in
+scenes at eight biases. `--part pairs`: two and three separately learned concepts in one picture, after `single` has
+learned them. `--part masks`: zero-shot masks beside the true ones. `--part settings`: the variants of `--variants`.
+Settings are chosen with `--split validation`; what is reported comes from `--split test`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from ..host.cross_attention import attention_to
+from ..host.text import encode, ready, rows, word_places
+from ..microworld.captions import PLACES
+from ..microworld.data import parallel, work
+from ..microworld.oracle import embed, load, read
+from ..microworld.world import CONCEPTS, concept_photos, super_category
+from ..nodes.train_perfusion import pace_of
+from ..perfusion import file
+from ..perfusion.covariance import encoder_fingerprint, precision
+from ..perfusion.masks import zero_shot
+from ..perfusion.train import EditMethod, EditRecipe
+from ..perfusion.use import apply_concept
+from ..textual_inversion import file as word_file
+from ..textual_inversion.concept import Concept
+from ..textual_inversion.train import Preview, learn_word
+from ..training.dataset import gather
+from . import textual_inversion
+from .microworld import interval
+from .sampling import draw, load_checkpoint
+from .textual_inversion import HERE, PHOTOS_SEED, REAL_SEED, SCENES, judge
+
+BIASES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1)
+MOMENTUM = 0.9
+PAIR_SCENES = tuple(f"a {{}} left of a {{}} {places[0]}" for places in PLACES.values())
+ENOUGH = 0.4  # ID of a region that counts as the concept
+
+
+def learn(base, name: str, seed: int, photos: int = 4, masked: bool = True, **changes) -> Concept:
+    """A concept from photos, by the node's balanced preset unless `changes` say otherwise."""
+    pictures, masks = concept_photos(name, photos, PHOTOS_SEED + seed)
+    kind, clip = super_category(name), base[1]
+    recipe = EditRecipe(**{"placeholder": "<mine>", "init_text": kind, "seed": seed, "momentum": MOMENTUM,
+                           **pace_of("balanced", clip, kind), **changes})
+    method = partial(EditMethod, precision(clip), encoder_fingerprint(clip))
+    given = gather([torch.from_numpy(pictures)], [torch.from_numpy(masks)] if masked else [])
+    return learn_word(*base, given, recipe, Preview(every=0, steps=1), method_of=method).concept
+
+
+def pictures_of(base, concept: Concept, seed: int, cfg: float, **settings) -> Tensor:
+    """One picture of each scene (n h w 3)."""
+    model, clip = apply_concept(*base[:2], concept, 1.0, **settings)
+    return draw(model, clip, base[2], [scene.format("<mine>") for scene, _ in SCENES], 1000 * seed, cfg=cfg)
+
+
+def single(name: str, split: str, seeds: int, cfg: float, variants: dict[str, dict]) -> list[tuple]:
+    """(label, bias, ID, TXT, seed, name) of every set of scenes of one concept."""
+    torch.set_num_threads(1)
+    oracle, base = load(), load_checkpoint()
+    kind = super_category(name)
+    real = torch.from_numpy(concept_photos(name, 24, REAL_SEED)[0])
+    found = []
+
+    def note(label: str, bias: float, images: Tensor, seed: int) -> None:
+        found.append((label, bias, *judge(oracle, images, kind, real), seed, name))
+        print(f"{name}, seed {seed}, {label} {bias}: ID {found[-1][2]:.3f} TXT {found[-1][3]:.3f}", flush=True)
+
+    for seed in range(seeds):
+        for label, changes in variants.items():
+            concept = learn(base, name, seed, **changes)
+            file.save(concept, work("concepts"), stem(name, seed, label), overwrite=True)
+            for bias in BIASES:
+                note(label, bias, pictures_of(base, concept, seed, cfg, bias=bias), seed)
+        note("class word", 0, textual_inversion.pictures_of(base, kind, seed, cfg), seed)
+        word = textual_inversion.learn(base, name, seed)
+        word_file.save(word, work("concepts"), stem(name, seed, "word"), overwrite=True)
+        for strength in (0.5, 0.75, 1.0):
+            note("textual inversion", strength, word_pictures(base, word, seed, cfg, strength), seed)
+    return found
+
+
+def word_pictures(base, word: Concept, seed: int, cfg: float, strength: float) -> Tensor:
+    """The scenes with a learned word, whose own slider is its strength."""
+    model, clip = apply_concept(*base[:2], word, strength)
+    return draw(model, clip, base[2], [scene.format("<mine>") for scene, _ in SCENES], 1000 * seed, cfg=cfg)
+
+
+def stem(name: str, seed: int, label: str) -> str:
+    return f"{name}_{seed}_{label}".replace(" ", "-")
+
+
+def summary(found: list[tuple]) -> dict:
+    """Means with intervals by label and bias, rank correlations with the bias, and the paired effect of the lock."""
+    result: dict = {"curves": {}}
+    for label, bias in dict.fromkeys(row[:2] for row in found):
+        chosen = np.array([row[2:4] for row in found if row[:2] == (label, bias)])
+        result["curves"].setdefault(label, {})[bias] = {"ID": interval(chosen[:, 0]), "TXT": interval(chosen[:, 1])}
+    base_id = result["curves"]["class word"][0]["ID"][0]
+    for label in ("locked keys", "trained keys"):
+        curve = result["curves"].get(label)
+        if not curve:
+            continue
+        ids, txts = ([point[measure][0] for point in curve.values()] for measure in ("ID", "TXT"))
+        result[label] = {
+            "Spearman of bias with ID": float(spearmanr(list(curve), ids)[0]),
+            "Spearman of bias with TXT": float(spearmanr(list(curve), txts)[0]),
+            "share of the way from class word to best ID that the slider spans":
+                (max(ids) - min(ids)) / (max(ids) - base_id),
+        }
+    pairs: dict = {}
+    for label, bias, identity, text, seed, name in found:
+        pairs.setdefault((bias, seed, name), {})[label] = (identity, text)
+    both = [(pair["locked keys"], pair["trained keys"]) for pair in pairs.values() if len(pair) == 2]
+    if both:
+        difference = np.array([np.subtract(*pair) for pair in both])
+        result["locked - trained keys"] = {"ID": interval(difference[:, 0]), "TXT": interval(difference[:, 1])}
+    return result
+
+
+@torch.no_grad()
+def leak(base, concept: Concept, pictures: Tensor, masks: Tensor) -> float:
+    """The share of the concept token's attention outside the subject's mask, on noised real renders."""
+    model, clip = apply_concept(*base[:2], concept, 1.0)
+    text = "a photo of a <mine>"
+    latents = model.model.process_latent_in(base[2].encode(pictures))
+    context, pooled = encode(ready(clip), text)
+    shares = []
+
+    def call() -> None:
+        sigma = model.model.model_sampling.sigmas[torch.full((len(latents),), 500)]
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        noisy = model.model.model_sampling.noise_scaling(sigma, noise, latents)
+        model.model.apply_model(noisy, sigma, c_crossattn=context.expand(len(latents), -1, -1),
+                                transformer_options=model.model_options["transformer_options"])
+
+    for attended in attention_to(model.model, [word_places(clip, text, 1)[0]], call):
+        side = int(attended.shape[1] ** 0.5)
+        outside = 1 - torch.nn.functional.adaptive_avg_pool2d(masks[:, None], side).flatten(1)
+        shares.append(((attended * outside).sum(1) / attended.sum(1)).mean().item())
+    return float(np.mean(shares))
+
+
+def leaks(names: list[str], seeds: int) -> dict:
+    """Attention outside the subject with locked and with trained keys, paired."""
+    base, values = load_checkpoint(), {"locked keys": [], "trained keys": []}
+    for name in names:
+        pictures, masks = (torch.from_numpy(part) for part in concept_photos(name, 16, REAL_SEED))
+        for seed in range(seeds):
+            for label, found in values.items():
+                concept = file.load(work("concepts") / f"{stem(name, seed, label)}.safetensors")
+                found.append(leak(base, concept, pictures, masks))
+    difference = np.subtract(values["locked keys"], values["trained keys"])
+    return {**{label: interval(np.array(found)) for label, found in values.items()},
+            "locked - trained keys": interval(difference)}
+
+
+def pairs(names: list[str], seeds: int, cfg: float, bias: float) -> dict:
+    """How often two concepts are both in the picture and right, by how they were learned and joined."""
+    oracle, base = load(), load_checkpoint()
+    reals = {name: torch.from_numpy(concept_photos(name, 24, REAL_SEED)[0]) for name in names}
+    rates: dict[str, list[float]] = {}
+    for place, first in enumerate(names):
+        second = names[(place + 1) % len(names)]
+        for seed in range(seeds):
+            for label, kind in (("Perfusion", "locked keys"), ("Textual Inversion", "word")):
+                images = pair_pictures(base, (first, second), seed, kind, cfg, bias)
+                rates.setdefault(label, []).append(both_right(oracle, images, first, second, reals))
+                print(f"{first} and {second}, seed {seed}, {label}: {rates[label][-1]:.2f}", flush=True)
+    return {label: interval(np.array(values)) for label, values in rates.items()}
+
+
+def pair_pictures(base, names: tuple[str, str], seed: int, kind: str, cfg: float, bias: float) -> Tensor:
+    model, clip, vae = base
+    module = word_file if kind == "word" else file
+    for word, name in zip(("<one>", "<two>"), names, strict=True):
+        concept = module.load(work("concepts") / f"{stem(name, seed, kind)}.safetensors", word)
+        model, clip = apply_concept(model, clip, concept, 1.0, bias=bias)
+    return draw(model, clip, vae, [scene.format("<one>", "<two>") for scene in PAIR_SCENES], 1000 * seed, cfg=cfg)
+
+
+@torch.inference_mode()
+def both_right(oracle, images: Tensor, first: str, second: str, reals: dict[str, Tensor]) -> float:
+    """The share of pictures with both classes where each thing's look is nearer its own concept, and near enough."""
+    found = read(oracle, images)
+    reading = oracle(images.permute(0, 3, 1, 2).float())
+    masks = reading.masks.sigmoid()
+    own = {name: embed(oracle, reals[name]).mean(0) for name in (first, second)}
+    right = []
+    for number, seen in enumerate(found):
+        ids = [oracle.identity(reading, masks[:, place])[number] for place in (0, 1)]
+        table = [[float(ids[place] @ own[name]) for name in (first, second)] for place in (0, 1)]
+        classes = (seen["class"], seen["second class"]) == (super_category(first), super_category(second))
+        right.append(classes and table[0][0] > max(ENOUGH, table[0][1]) and table[1][1] > max(ENOUGH, table[1][0]))
+    return float(np.mean(right))
+
+
+def mask_quality(names: list[str], count: int = 16) -> dict:
+    """Intersection over union of zero-shot masks, cut at one half, with the true ones at the latents' size."""
+    base = load_checkpoint()
+    model, clip, vae = base
+    result = {}
+    for name in names:
+        kind = super_category(name)
+        pictures, masks = (torch.from_numpy(part) for part in concept_photos(name, count, REAL_SEED))
+        latents = model.model.process_latent_in(vae.encode(pictures))
+        sentence = f"a photo of a {kind}"
+        with torch.no_grad():
+            context, pooled = encode(ready(clip), sentence)
+        places = range(5, 5 + len(rows(clip, kind)["clip_l"]))
+        found = zero_shot(model.model, latents, context, pooled, list(places), 0)[:, 0] > 0.5
+        true = torch.nn.functional.adaptive_avg_pool2d(masks[:, None], latents.shape[-2:])[:, 0] > 0.5
+        result[name] = float(((found & true).sum((1, 2)) / (found | true).sum((1, 2))).mean())
+    return {"IoU": result, "mean": interval(np.array(list(result.values())))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=("single", "pairs", "masks", "leaks", "settings"), default="single")
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--concepts", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--bias", type=float, default=0.6, help="of the pairs")
+    parser.add_argument("--variants", type=json.loads, default={}, help="settings by label, as JSON")
+    args = parser.parse_args()
+    names = [name for name, concept in CONCEPTS.items() if concept.split == args.split][: args.concepts]
+    if args.part in ("single", "settings"):
+        variants = args.variants or {"locked keys": {}, "trained keys": {"train_keys": True}}
+        each = ([value] * len(names) for value in (args.split, args.seeds, args.cfg, variants))
+        result = summary([row for part in parallel(single, names, *each) for row in part])
+    elif args.part == "pairs":
+        result = pairs(names, args.seeds, args.cfg, args.bias) | {"bias": args.bias, "enough ID": ENOUGH}
+    else:
+        result = leaks(names, args.seeds) if args.part == "leaks" else mask_quality(names)
+    result |= {"split": args.split, "concepts": names, "seeds": args.seeds, "cfg": args.cfg}
+    text = json.dumps(result, indent=1)
+    if args.split == "test":
+        Path(HERE / "results").mkdir(exist_ok=True)
+        (HERE / "results" / f"perfusion_{args.part}.json").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Cross-attention of the host's UNets: the key and value layers, an edit of what they give, and where tokens attend."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from comfy.hooks import EnumHookScope, HookGroup, TransformerOptionsHook
+from comfy.ldm.modules.attention import BasicTransformerBlock, CrossAttention
+from comfy.lora import model_lora_keys_unet
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from einops import einsum, rearrange
+from torch import Tensor
+
+KEY, RUNNING, MET = "concepts", "concepts_running", "concepts_met"
+log = logging.getLogger("concepts")
+_known: WeakKeyDictionary[torch.nn.Module, dict[str, CrossAttention]] = WeakKeyDictionary()
+
+
+class Applied(Protocol):
+    """One concept on a model: when it acts, in shares of the sampling, and what prompts call it."""
+
+    start: float
+    end: float
+    placeholder: str
+
+
+Overrides = Callable[[Mapping[str, CrossAttention], Sequence[Any]], tuple[Mapping[torch.nn.Module, Callable], Callable]]
+
+
+def cross_attentions(unet: torch.nn.Module) -> dict[str, CrossAttention]:
+    """The text-reading attention of every transformer block, by the block's name (`input_blocks.1.1…blocks.0`)."""
+    if unet not in _known:
+        _known[unet] = {name: block.attn2 for name, block in unet.named_modules()
+                        if isinstance(block, BasicTransformerBlock) and block.attn2 is not None}
+    return _known[unet]
+
+
+def sizes(model: ModelPatcher) -> dict[str, tuple[int, int]]:
+    """How many numbers each text-reading attention takes from a token and gives for it, by the block's name."""
+    return {name: (attention.to_k.in_features, attention.to_k.out_features)
+            for name, attention in cross_attentions(model.model.diffusion_model).items()}
+
+
+@contextmanager
+def overridden(layers: Mapping[torch.nn.Module, Callable]) -> Iterator[None]:
+    """While it lasts, calling a layer calls `layers[layer](forward, …)` with the layer's own forward in front."""
+    with ExitStack() as stack:
+        for layer, override in layers.items():
+            stack.enter_context(_overridden(layer, override))
+        yield
+
+
+@contextmanager
+def _overridden(layer: torch.nn.Module, override: Callable) -> Iterator[None]:
+    own = vars(layer).get("forward")  # one that another pack put on the instance
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: override(forward, *args, **kwargs)
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
+
+
+def with_edits(model: ModelPatcher, edits: Iterable[Applied], overrides: Overrides) -> ModelPatcher:
+    """A clone of `model` whose calls run with the layers overridden as `overrides(attentions, edits)` says.
+
+    That returns what `overridden` takes, and a function that tells which edits met their word in the call (a boolean
+    tensor). Edits that several nodes and hooks give to one model meet in one list, so that they can be seen together.
+    """
+    patched = model.clone()
+    options = patched.model_options["transformer_options"]
+    options[KEY] = [*options.get(KEY, ()), *edits]
+    for kind, wrapper in ((WrappersMP.APPLY_MODEL, _around_calls(overrides)), (WrappersMP.OUTER_SAMPLE, _watch)):
+        patched.remove_wrappers_with_key(kind, KEY)
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    return patched
+
+
+def edits_on(model: ModelPatcher) -> Sequence[Any]:
+    """The edits that `with_edits` gave to this model."""
+    return model.model_options["transformer_options"].get(KEY, ())
+
+
+def hook_of(edits: Sequence[Applied], overrides: Overrides) -> HookGroup:
+    """The same for single prompts: a hook on a conditioning."""
+    group = HookGroup()
+    group.add(TransformerOptionsHook(
+        {KEY: list(edits), "wrappers": {WrappersMP.APPLY_MODEL: {KEY: [_around_calls(overrides)]}}},
+        EnumHookScope.HookedOnly,
+    ))
+    return group
+
+
+def _around_calls(overrides: Overrides) -> Callable:
+    def around(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):  # noqa: B006 - the host's signature
+        if transformer_options.get(RUNNING):  # a hook's and the model's own: one runs for both
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        sampling = executor.class_obj.model_sampling
+        edits = [edit for edit in transformer_options.get(KEY, ()) if _acts(edit, sampling, t)]
+        layers, met = overrides(cross_attentions(executor.class_obj.diffusion_model), edits)
+        with overridden(layers):
+            result = executor(x, t, c_concat, c_crossattn, control, {**transformer_options, RUNNING: True}, **kwargs)
+        if MET in transformer_options:
+            transformer_options[MET].append((edits, met()))
+        return result
+
+    return around
+
+
+def _acts(edit: Applied, sampling: torch.nn.Module, sigma: Tensor) -> bool:
+    if edit.start <= 0 and edit.end >= 1:
+        return True
+    return sampling.percent_to_sigma(edit.end) <= float(sigma.max()) <= sampling.percent_to_sigma(edit.start)
+
+
+def _watch(executor, *args, **kwargs):
+    """Says after sampling which concepts no prompt named."""
+    options = executor.class_obj.model_options["transformer_options"]
+    met: deque[tuple[Sequence[Applied], Tensor]] = deque()  # a list would be copied with the options
+    options[MET] = met
+    try:
+        result = executor(*args, **kwargs)
+    finally:
+        options.pop(MET, None)
+    seen = {id(edit) for edits, flags in met for edit, flag in zip(edits, flags.tolist(), strict=True) if flag}
+    for edit in options.get(KEY, ()):
+        if id(edit) not in seen:
+            log.warning("No prompt of this picture has %s in it, so the concept did nothing.", edit.placeholder)
+    return result
+
+
+def attention_to(model: torch.nn.Module, places: Sequence[int], run: Callable[[], Any]) -> list[Tensor]:
+    """What share of its attention each place of the picture pays to the tokens at `places`, while `run` calls the UNet.
+
+    One map (b q) for each cross-attention, the mean of its heads; places of the picture row by row.
+    """
+    maps: list[Tensor] = []
+
+    def watch(attention: CrossAttention, forward: Callable, x: Tensor, context: Tensor, *args, **kwargs) -> Tensor:
+        heads = attention.heads
+        q, k = (rearrange(layer(tokens), "b n (h d) -> b h n d", h=heads)
+                for layer, tokens in ((attention.to_q, x), (attention.to_k, context)))
+        weights = (einsum(q.float(), k.float(), "b h q d, b h k d -> b h q k") * q.shape[-1] ** -0.5).softmax(-1)
+        maps.append(weights[..., list(places)].sum(-1).mean(1))
+        return forward(x, context, *args, **kwargs)
+
+    attentions = cross_attentions(model.diffusion_model).values()
+    with overridden({attention: partial(watch, attention) for attention in attentions}):
+        run()
+    return maps
+
+
+def lora_names(model: ModelPatcher) -> dict[str, str]:
+    """What LoRA files call each weight of this model: kohya's names, after diffusers' blocks where there are such."""
+    found: dict[str, str] = {}
+    for name, weight in model_lora_keys_unet(model.model, {}).items():
+        if name.startswith("lora_unet_") and isinstance(weight, str):
+            found[weight] = name if weight not in found or "_attentions_" in name else found[weight]
+    return found

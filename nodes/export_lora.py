@@ -1,0 +1,57 @@
+"""Export Concept as LoRA."""
+
+import safetensors.torch
+from comfy_api.latest import io, ui
+
+from ..host.cross_attention import sizes
+from ..host.folders import loras_folder
+from ..perfusion.covariance import precision
+from ..perfusion.file import check_fits
+from ..perfusion.lora import to_lora
+from ..textual_inversion.concept import Concept as ConceptValue
+from ..textual_inversion.file import checked_name, free_path
+from ..training.disk import write_whole
+from .sockets import Concept
+
+
+class ConceptsExportLora(io.ComfyNode):
+    """Writes a concept's edit as a LoRA."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptsExportLora",
+            display_name="Export Concept as LoRA",
+            category="concepts/io",
+            description=(
+                "Saves a Perfusion concept as an ordinary LoRA of rank 1 for programs without this pack, with its word "
+                "bundled in. A LoRA has no gate, so it has no bias either and also touches words that resemble the "
+                "concept's."
+            ),
+            search_aliases=["save lora", "bake concept", "perfusion to lora"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="A checkpoint of the base that the concept was learned on."),
+                io.Clip.Input("clip", tooltip="Its text encoder."),
+                Concept.Input("concept", tooltip="A Perfusion concept, from a training or from Load Concept."),
+                io.String.Input("name", default="mine", tooltip="The file's name in models/loras."),
+                io.Float.Input("strength", default=1.0, min=-2.0, max=3.0, step=0.05, tooltip=(
+                    "How strong the LoRA is when it is loaded at strength 1."
+                )),
+                io.Boolean.Input("overwrite", default=False, tooltip=(
+                    "Replace a file of that name. When off, a name that is taken gets a number: mine_2, then mine_3."
+                )),
+            ],
+            outputs=[io.String.Output("file", display_name="file", tooltip="The new file, as LoRA loaders list it.")],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, concept: ConceptValue, name: str, strength: float, overwrite: bool) -> io.NodeOutput:
+        if concept.edit is None:
+            raise ValueError("This concept is only a word, which no LoRA can hold alone; save it with Save Concept.")
+        check_fits(concept, sizes(model))
+        tensors = to_lora(model, concept, precision(clip), strength)
+        path = free_path(loras_folder(), checked_name(name), ".safetensors", overwrite)
+        write_whole(path, safetensors.torch.save(tensors))
+        saved = path.relative_to(loras_folder()).as_posix()
+        return io.NodeOutput(saved, ui=ui.PreviewText(f"Saved {saved} in models/loras."))

@@ -1,0 +1,119 @@
+"""Train Perfusion Concept."""
+
+from functools import partial
+from math import isfinite
+
+from comfy_api.latest import io
+
+from ..host.text import ready, rows
+from ..perfusion.covariance import encoder_fingerprint, precision
+from ..perfusion.train import EditMethod, EditRecipe
+from ..textual_inversion.train import learn_word
+from ..textual_inversion.word import row_size
+from .training_inputs import OWN, common_recipe, how_to_look, how_to_run, outputs, pace, run, stops, what_to_learn
+
+PRESETS = {  # rates are in root mean squares of what they move: the class word's numbers, its values in each layer
+    "balanced": {"steps": 200, "rate": 0.1, "value_rate": 0.2, "batch_size": 4},
+    "quick": {"steps": 80, "rate": 0.1, "value_rate": 0.3, "batch_size": 4},
+    "thorough": {"steps": 400, "rate": 0.1, "value_rate": 0.15, "batch_size": 4},
+}
+
+
+class ConceptsTrainPerfusion(io.ComfyNode):
+    """Learns a word and a key-locked edit from photos."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptsTrainPerfusion",
+            display_name="Train Perfusion Concept",
+            category="concepts/train",
+            description=(
+                "Learns a concept from a few photos of one thing: a new word, and what the model should draw for it. "
+                "It keeps to the class word in where it looks, so prompts stay in charge, and it is a file of about "
+                "30 KB. Several fit in one picture, and the bias of Apply Concept moves each between looking exactly "
+                "like the photos and doing exactly what the prompt says, without training again."
+            ),
+            search_aliases=["perfusion", "key-locked", "rank-1", "rank one editing", "dreambooth", "personalization",
+                            "train concept", "concept"],
+            is_input_list=True,
+            inputs=[
+                *what_to_learn(),
+                io.DynamicCombo.Input("preset", options=[
+                    *(io.DynamicCombo.Option(name, []) for name in PRESETS),
+                    io.DynamicCombo.Option(OWN, [
+                        *pace(steps=400, learning_rate=0.006),
+                        io.Float.Input("value_rate", default=0.03, min=0.0, max=1.0, step=0.0001, round=0.000001,
+                                       tooltip=(
+                            "How far each step moves what the layers draw for the word. The learning rate above moves "
+                            "the word itself."
+                        )),
+                    ]),
+                ], tooltip=(
+                    "How long and how fast to learn. 'balanced' suits three to ten photos, 'quick' is for a first "
+                    "look, 'thorough' for a last one; 'own settings' shows the numbers behind."
+                )),
+                *how_to_look(),
+                io.Boolean.Input("own_masks", default=True, advanced=True, tooltip=(
+                    "Without masks, find the thing by where the model looks for the init text, so that backgrounds "
+                    "are not learned."
+                )),
+                io.Float.Input("training_bias", default=0.75, min=0.0, max=1.5, step=0.01, advanced=True, tooltip=(
+                    "How much like the concept a word must be for the edit to act on it while learning. Higher keeps "
+                    "the concept more to its own word."
+                )),
+                io.Float.Input("training_temperature", default=0.1, min=0.01, max=1.0, step=0.01, advanced=True,
+                               tooltip="How gradually the edit sets in around that, while learning."),
+                io.Float.Input("momentum", default=0.9, min=0.0, max=0.999, step=0.001, round=0.0001, advanced=True,
+                               tooltip=(
+                    "How slowly the edit's target follows the word while it is learned. 0.99 suits 400 steps or more."
+                )),
+                io.Boolean.Input("train_keys", default=False, advanced=True, tooltip=(
+                    "Also learn where the word attracts attention, instead of locking it to the class word: looks a "
+                    "little more like the photos and obeys prompts less."
+                )),
+                *how_to_run(),
+            ],
+            outputs=outputs(),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs) -> str:
+        """A training that was cancelled is not taken from the cache when it is queued again."""
+        return stops(inputs)
+
+    @classmethod
+    def execute(cls, **inputs) -> io.NodeOutput:
+        def learn(one, photos, *how):
+            recipe = read_recipe(one, chosen_pace(inputs["preset"], one["clip"], one["init_text"].strip()))
+            method = partial(EditMethod, precision(one["clip"]), encoder_fingerprint(one["clip"]))
+            return recipe, learn_word(one["model"], one["clip"], one["vae"], photos, recipe, *how, method)
+
+        return run(inputs, learn)
+
+
+def chosen_pace(preset: dict, clip, init_text: str) -> dict:
+    """The pace of a preset, or the widgets that 'own settings' shows."""
+    values = {name: value[0] for name, value in preset.items()}
+    name = values.pop("preset")
+    return pace_of(name, clip, init_text) if name in PRESETS else values
+
+
+def pace_of(name: str, clip, init_text: str) -> dict:
+    """Steps, rates and batch size of a preset for a concept that starts from `init_text` in this CLIP."""
+    preset = PRESETS[name]
+    size = max(row_size(found) for found in rows(ready(clip), init_text).values())
+    return {"steps": preset["steps"], "learning_rate": preset["rate"] * size, "batch_size": preset["batch_size"],
+            "value_rate": preset["value_rate"], "relative_values": True}
+
+
+def read_recipe(one: dict, pace: dict) -> EditRecipe:
+    """The widgets as a recipe. Raises ValueError with one sentence for values that cannot be trained with."""
+    if not isfinite(pace["value_rate"]) or pace["value_rate"] <= 0:
+        raise ValueError(f"The value rate must be a number above 0, such as 0.03; it is {pace['value_rate']}.")
+    return EditRecipe(
+        bias=one["training_bias"],
+        temperature=one["training_temperature"],
+        **{name: one[name] for name in ("own_masks", "momentum", "train_keys")},
+        **common_recipe(one, pace),
+    )

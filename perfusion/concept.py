@@ -1,0 +1,30 @@
+"""What Perfusion learns besides the word."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """The gated rank-1 edit of one concept; all tensors fp32 on the CPU.
+
+    `target_input` i* and `super_input` (d) are encodings of the concept's and the super-category's token. `values`
+    holds o*_V (d_l) for each cross-attention layer, by its name in the UNet (`input_blocks.1.1.transformer_blocks.0`).
+    `keys` holds o*_K likewise where keys were trained; locked keys are W_K·super_input and kept nowhere.
+    A prompt holds the concept when some token's similarity to i* reaches `presence`.
+    `encoder` is the fingerprint of the text encoder whose covariance the similarity is measured with.
+    """
+
+    target_input: Tensor
+    super_input: Tensor
+    values: Mapping[str, Tensor]
+    keys: Mapping[str, Tensor] = field(default_factory=dict)
+    presence: float = 0.6
+    encoder: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", MappingProxyType(dict(self.values)))
+        object.__setattr__(self, "keys", MappingProxyType(dict(self.keys)))

@@ -1,0 +1,60 @@
+"""The gated rank-1 edit (Perfusion, section 4): pure maths on tensors.
+
+Throughout, i (j d) are the target inputs of J concepts, e (… d) encodings of tokens, and the metric is that of the
+inverse covariance: <a, b> = aᵀ C⁻¹ b. `dual` (j d) holds C⁻¹ i, so that <i, e> is a plain product.
+"""
+
+import torch
+from einops import einsum
+from torch import Tensor
+
+RIDGE = 1e-6  # of the Gram matrix, whose diagonal is 1: keeps it solvable when two concepts are one
+TRAINING_BIAS, TRAINING_TEMPERATURE = 0.75, 0.1
+
+
+def dual_of(target_inputs: Tensor, precision: Tensor) -> Tensor:
+    """C⁻¹ i (j d) of target inputs (j d) under the precision C⁻¹ (d d), in double precision."""
+    return target_inputs.double() @ precision.double()
+
+
+def similarity(encodings: Tensor, target_inputs: Tensor, dual: Tensor) -> Tensor:
+    """s(e) = <i, e> / <i, i>, which is 1 at the target input: (… d) -> (… j). The scale of C cancels."""
+    energy = einsum(target_inputs, dual.to(target_inputs), "j d, j d -> j")
+    return einsum(encodings, dual.to(encodings), "... d, j d -> ... j") / energy.to(encodings)
+
+
+def gate(s: Tensor, bias: Tensor | float, temperature: Tensor | float) -> Tensor:
+    """σ((s - β) / τ): how far each concept is switched on, of the shape of s (… j)."""
+    return torch.sigmoid((s - bias) / temperature)
+
+
+def components(s: Tensor, target_inputs: Tensor, dual: Tensor, present: Tensor | None = None) -> Tensor:
+    """What each concept holds of an encoding: e⊥ = e - Σ_j c_j i_j has <i_k, e⊥> = 0 for every k (equation 10).
+
+    `s` (… j) are the similarities. c solves the Gram system G c = <i, e> with G_jk = <i_j, i_k>, here scaled to a unit
+    diagonal; for one concept c = s. Concepts that are not `present` (… j, boolean) take no part.
+    """
+    here = torch.ones_like(s) if present is None else present.to(s)
+    if s.shape[-1] == 1:
+        return s * here
+    target_inputs, dual, here = target_inputs.double(), dual.double(), here.double()
+    gram = einsum(target_inputs, dual, "j d, k d -> j k")
+    length = gram.diagonal().sqrt()
+    others = (gram / length[:, None] / length).fill_diagonal_(0) * here[..., None] * here[..., None, :]
+    identity = torch.eye(len(length), dtype=torch.float64, device=gram.device)
+    solved = torch.linalg.solve(others + (1 + RIDGE) * identity, s.double() * length * here)
+    return (solved / length).to(s)
+
+
+def change(components: Tensor, gates: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Δh = Σ_j g_j o_j - c_j W i_j, what the edit adds to a layer's output h = W e (equation 3).
+
+    components, gates (… j), inputs W i and outputs o* (j d_l) -> (… d_l).
+    """
+    return torch.cat([gates, -components], -1) @ torch.cat([outputs, inputs])
+
+
+def rank_one(weight: Tensor, target_input: Tensor, output: Tensor, dual: Tensor) -> Tensor:
+    """The ungated edit as a change of the weight (d_l d), as in ROME: (o* - W i) (C⁻¹ i)ᵀ / <i, i>; so (W + Δ) i = o*."""
+    residual = output - weight @ target_input
+    return torch.outer(residual, dual.to(weight)) / (target_input @ dual.to(target_input))

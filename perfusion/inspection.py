@@ -1,0 +1,49 @@
+"""Which words of a prompt a concept touches, as a picture."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..host.sockets import CLIP
+from ..host.text import encode, ready, written_words
+from ..textual_inversion.apply import apply_words
+from ..textual_inversion.concept import Concept
+from ..training.preview import FAINT, INK, LINE, PANEL, PAPER, RAW
+from .apply import BIAS, TEMPERATURE
+from .edit import dual_of, gate, similarity
+
+ROW, NAME_WIDTH, BAR_WIDTH = 26, 220, 360
+
+
+@torch.no_grad()
+def gates(clip: CLIP, concept: Concept, precision: Tensor, prompt: str, bias: float = BIAS,
+          temperature: float = TEMPERATURE) -> list[tuple[str, float, float]]:
+    """Each token of a prompt up to its end with its similarity to i* and its gate (equation 3)."""
+    taught = apply_words(clip, concept, 1.0)
+    target = concept.edit.target_input[None]
+    encodings = encode(ready(taught), prompt)[0][0].float().cpu()
+    s = similarity(encodings, target, dual_of(target, precision).float())[:, 0]
+    open_ = gate(s, bias, temperature)
+    return [(word, s[place].item(), open_[place].item()) for place, word in enumerate(written_words(taught, prompt))]
+
+
+def gate_bars(found: list[tuple[str, float, float]], title: str) -> Image.Image:
+    """A bar for each token: how far the concept is switched on there, with the similarity beside it."""
+    width, height = 16 + NAME_WIDTH + BAR_WIDTH + 150, 60 + ROW * len(found)
+    image = Image.new("RGB", (width, height), PAPER)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(17)
+    draw.text((16, 16), title, INK, ImageFont.load_default(20))
+    for number, (word, s, amount) in enumerate(found):
+        y, left = 52 + ROW * number, 16 + NAME_WIDTH
+        draw.text((left - 12, y + ROW / 2), word, INK, font, anchor="rm")
+        draw.rectangle((left, y + 3, left + BAR_WIDTH, y + ROW - 4), PANEL)
+        end = left + max(1, round(BAR_WIDTH * amount))
+        draw.rectangle((left, y + 3, end, y + ROW - 4), LINE if amount > 0.5 else RAW)
+        draw.text((left + BAR_WIDTH + 10, y + ROW / 2), f"{amount:.0%}  s {s:.2f}", FAINT, font, anchor="lm")
+    return image
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """A picture as IMAGE (1 h w 3) in 0..1."""
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)[None]

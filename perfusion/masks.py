@@ -1,0 +1,43 @@
+"""Where the super-category is in a picture, by the model's own cross-attention: no segmentation model is needed."""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate
+
+from ..host.cross_attention import attention_to
+from ..host.objective import denoising_error, timestep_count
+
+NOISE = (0.3, 0.5, 0.7)  # shares of the schedule at which the model is asked
+
+
+@torch.no_grad()
+def zero_shot(model: torch.nn.Module, latents: Tensor, context: Tensor, pooled: Tensor | None, places: Sequence[int],
+              seed: int) -> Tensor:
+    """Soft masks (b 1 h w), 1 where most attention goes to the tokens at `places` of the encoding `context` (1 n d).
+
+    `latents` (b c h w) as the UNet sees them. Maps of all layers are averaged over heads, layers and noise levels and
+    stretched to 0..1 for each picture.
+    """
+    size = latents.shape[-2:]
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(len(latents), 1, *size, device=latents.device)
+    for share in NOISE:
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        timesteps = torch.full((len(latents),), int(share * timestep_count(model)), device=latents.device)
+        for attended in attention_to(
+            model, places, lambda: denoising_error(model, latents, noise, timesteps, context, pooled)  # noqa: B023 - called at once
+        ):
+            total += interpolate(_as_picture(attended, size), size, mode="bilinear")
+    smooth = avg_pool2d(total, 3, 1, 1, count_include_pad=False)
+    low, high = smooth.amin((2, 3), keepdim=True), smooth.amax((2, 3), keepdim=True)
+    return (smooth - low) / (high - low).clamp(min=1e-6)
+
+
+def _as_picture(attended: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map (b q) as (b 1 h' w'), stretched alike for all layers; h' w' = q is the latent's size halved n times."""
+    height = next(size[0] // 2**n for n in range(8) if -(-size[0] // 2**n) * -(-size[1] // 2**n) == attended.shape[1])
+    picture = rearrange(attended, "b (h w) -> b 1 h w", h=height)
+    return picture / picture.mean((2, 3), keepdim=True)

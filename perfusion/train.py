@@ -1,0 +1,178 @@
+"""Learning a concept from photos: what Perfusion adds to learning a word."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..host.cross_attention import cross_attentions, overridden, with_edits
+from ..host.folders import unfinished_folder
+from ..host.sockets import CLIP, ModelPatcher
+from ..host.text import encode, encode_all, rows, word_places
+from ..textual_inversion.concept import Concept
+from ..textual_inversion.templates import fill
+from ..textual_inversion.train import Recipe, WordMethod
+from ..training.dataset import Lessons
+from ..training.draws import Batch
+from .apply import Applied, Call, applied, overrides
+from .concept import Edit
+from .edit import TRAINING_BIAS, TRAINING_TEMPERATURE, similarity
+from .file import save
+from .masks import zero_shot
+
+
+@dataclass(frozen=True)
+class EditRecipe(Recipe):
+    """What decides the edit, besides what decides the word.
+
+    `value_rate` is the learning rate of o*_V, in root mean squares of where each layer's o*_V starts when
+    `relative_values`; `learning_rate` is that of the word, `momentum` what i* keeps of itself at
+    each step (section 4.4). `own_masks` takes masks from the
+    model's own attention to the super-category where none are given. The last two are ablations: keys that are learned
+    instead of locked, and a gradient through i*.
+    """
+
+    value_rate: float = 0.03
+    relative_values: bool = False
+    momentum: float = 0.99
+    bias: float = TRAINING_BIAS
+    temperature: float = TRAINING_TEMPERATURE
+    own_masks: bool = True
+    train_keys: bool = False
+    through_target: bool = False
+
+
+class EditMethod(WordMethod):
+    """The word and o*_V of every layer as leaves; keys locked to the super-category, i* a moving average."""
+
+    architecture = "perfusion"
+    recipe: EditRecipe
+
+    def __init__(self, precision: Tensor, encoder: str, unet: ModelPatcher, clip: CLIP, recipe: EditRecipe,
+                 lessons: Lessons) -> None:
+        super().__init__(unet, clip, recipe, lessons)
+        self.encoder, self.device = encoder, unet.load_device
+        self.precision = precision.to(self.device)
+        self.attentions = cross_attentions(unet.model.diffusion_model)
+        self.super_input = self._super_input(clip)
+        self.target_input = self.super_input.clone()
+        self.outputs = {
+            kind: {name: self._through(getattr(attention, layer)).requires_grad_()
+                   for name, attention in self.attentions.items()}
+            for kind, layer in (("values", "to_v"), *((("keys", "to_k"),) if recipe.train_keys else ()))
+        }
+        if recipe.own_masks and self.weights is None:
+            self.weights = self._own_masks(clip, lessons.latents)
+        self.call: Call | None = None
+        self.met: list[Tensor] = []
+        self._install()
+
+    def parameters(self) -> list[dict[str, Any]]:
+        """The word, the outputs, and i*, which no gradient moves but which a state must hold."""
+        outputs = [{"params": [leaf], "lr": self.recipe.value_rate * self._size(leaf)}
+                   for kind in self.outputs.values() for leaf in kind.values()]
+        return [*super().parameters(), *outputs, {"params": [self.target_input], "lr": 0.0}]
+
+    def loss(self, batch: Batch) -> Tensor:
+        prompts = self.prompts(batch)
+        context, pooled = encode_all(self.clip, prompts)
+        met = torch.stack([context[row, self._place(text)] for row, text in enumerate(prompts)]).float().mean(0)
+        self.met.append(met.detach())
+        target = self.target_input.data
+        if self.recipe.through_target:
+            target = target + met - met.detach()
+        training = Applied(self._edit(target), self._dual(target), self.recipe.placeholder, self.recipe.bias,
+                           self.recipe.temperature, everywhere=True)
+        self.call = Call(list(self.attentions), [training], context.to(self.device))
+        return self.error_under(batch, context, pooled)
+
+    def after_step(self) -> None:
+        super().after_step()
+        self.target_input.data = torch.lerp(torch.stack(self.met).mean(0), self.target_input.data, self.recipe.momentum)
+        self.met.clear()
+
+    def sampled(self) -> ModelPatcher:
+        self.call = None
+        edit = self.learned_edit()
+        return with_edits(self.unet, [applied(edit, self.precision.cpu(), self.recipe.placeholder)], overrides)
+
+    def concept(self, metadata: Mapping[str, str]) -> Concept:
+        return Concept((self.word(),), self.learned_edit(), metadata)
+
+    def keep(self, concept: Concept, name: str) -> Path:
+        return save(concept, unfinished_folder(), name)
+
+    def learned_edit(self) -> Edit:
+        """The edit so far, as values of its own."""
+        kinds = {kind: {name: leaf.detach().cpu().clone() for name, leaf in leaves.items()}
+                 for kind, leaves in self.outputs.items()}
+        return Edit(self.target_input.detach().cpu().clone(), self.super_input.cpu(), presence=self._presence(),
+                    encoder=self.encoder, **kinds)
+
+    def _size(self, leaf: Tensor) -> float:
+        return leaf.detach().square().mean().sqrt().item() if self.recipe.relative_values else 1.0
+
+    def _edit(self, target: Tensor) -> Edit:
+        return Edit(target, self.super_input, **self.outputs)
+
+    def _dual(self, target: Tensor) -> Tensor:
+        return target @ self.precision
+
+    def _super_input(self, clip: CLIP) -> Tensor:
+        """The mean encoding (d), over the sentences, of the super-category's last token, which has read the others."""
+        with torch.no_grad():
+            found = [encode(clip, fill(s, self.recipe.init_text))[0][0, self._super_places(s)[-1]]
+                     for s in self.recipe.sentences]
+            return torch.stack(found).float().mean(0).to(self.device)
+
+    def _super_places(self, sentence: str) -> list[int]:
+        """Where the tokens of the super-category are when it takes the word's place in a sentence."""
+        first = self._place(fill(sentence, self.recipe.placeholder)) + 1 - self.recipe.vectors
+        return list(range(first, first + len(next(iter(rows(self.clip, self.recipe.init_text).values())))))
+
+    def _place(self, text: str) -> int:
+        return word_places(self.clip, text, self.recipe.vectors)[0]
+
+    @torch.no_grad()
+    def _through(self, layer: torch.nn.Module) -> Tensor:
+        return layer(self.super_input[None].to(self.model.get_dtype_inference()))[0].float()
+
+    def _own_masks(self, clip: CLIP, latents: Tensor) -> Tensor:
+        sentence = "a photo of a {}"
+        with torch.no_grad():
+            context, pooled = encode(clip, fill(sentence, self.recipe.init_text))
+        masks = zero_shot(self.model, latents.flatten(0, 1), context.to(self.device), pooled,
+                          self._super_places(sentence), self.recipe.seed)
+        floor = self.recipe.mask_floor
+        return (floor + (1 - floor) * masks).unflatten(0, latents.shape[:2])
+
+    @torch.no_grad()
+    def _presence(self) -> float:
+        """The similarity half way between the most a class word has in the sentences and the least the word has."""
+        target = self.target_input[None]
+        dual = self._dual(target)
+        word, others = [], []
+        for sentence in self.recipe.sentences:
+            text = fill(sentence, self.recipe.placeholder)
+            word.append(similarity(encode(self.clip, text)[0][0, self._place(text)].to(self.device), target, dual))
+            ordinary = encode(self.clip, fill(sentence, self.recipe.init_text))[0][0].to(self.device)
+            others.append(similarity(ordinary, target, dual).max())
+        return float((min(word) + max(others)) / 2)
+
+    def _install(self) -> None:
+        """Lets the private copy's layers compute the edited keys and values, also when they are computed again."""
+
+        def edited(kind: str, name: str, forward, encodings: Tensor) -> Tensor:
+            return getattr(self.call, kind)(name, forward, encodings) if self.call else forward(encodings)
+
+        layers = {}
+        for name, attention in self.attentions.items():
+            layers[attention.to_k] = partial(edited, "keys", name)
+            layers[attention.to_v] = partial(edited, "values", name)
+        self.installed = ExitStack()
+        self.installed.enter_context(overridden(layers))
