@@ -72,6 +72,18 @@ def encode_batch(clip: CLIP, texts: Sequence[str]) -> list[Tensor]:
     return [context[:length] for context, length in zip(contexts, lengths, strict=True)]
 
 
+def written_words(clip: CLIP, text: str) -> list[str]:
+    """The tokens of the first section of `text`, from its start to its end token, as people read them."""
+    tokenizer = next(iter(_tokenizers(clip).values()))
+    words = []
+    for token, *_ in next(iter(clip.tokenize(text).values()))[0]:
+        learned = isinstance(token, Tensor)
+        words.append("learned word" if learned else tokenizer.inv_vocab[token].removesuffix("</w>"))
+        if not learned and token == tokenizer.end_token:
+            break
+    return words
+
+
 def plain(clip: CLIP) -> CLIP:
     """A clone of `clip` as its checkpoint has it: no LoRAs, hooks, learned words, embeddings or weighting of words."""
     bare = clip.clone()

@@ -35,7 +35,7 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
     "food": _words("""apple banana orange strawberry bread cake pizza burger soup salad sushi pancake sandwich cheese
         egg rice coffee tea wine chocolate cookie pie noodles lemon tomato carrot avocado mushroom pasta steak salmon
         croissant donut cupcake juice beer honey grapes pumpkin ramen curry taco waffle"""),
-    "plant": _words("tree flower rose cactus mushroom leaf tulip sunflower fern palm bonsai bush vine lavender oak moss"),
+    "plant": _words("tree flower rose cactus mushroom leaf tulip sunflower fern palm bonsai bush vine oak moss"),
     "scenery": _words("""mountain river lake waterfall forest desert cloud moon sun rainbow volcano island glacier
         meadow cave canyon valley beach ocean sky galaxy sunset storm coastline vineyard jungle field garden"""),
     "building": _words("""house castle church tower barn lighthouse cottage temple skyscraper windmill hut palace
@@ -63,14 +63,16 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         dressed as a {person} | wearing a {material} jacket"""),
     "doing": _lines("""sleeping | running | jumping | sitting | standing | flying | swimming | eating {food} | dancing
         reading a {object} | playing the guitar | riding a {vehicle} | riding a horse | drinking {food} | smiling
-        laughing | crying | cooking | painting | fishing | looking up | holding a {colour} {object} | driving a {vehicle}
-        climbing | waiting | working | singing | playing with a {object} | looking at the camera | carrying a {object}
-        playing football | chasing a {animal} | walking a dog | lying down | talking on the phone | taking a selfie"""),
+        laughing | crying | cooking | painting | fishing | looking up | holding a {colour} {object}
+        driving a {vehicle} | climbing | waiting | working | singing | playing with a {object} | looking at the camera
+        carrying a {object} | playing football | chasing a {animal} | walking a dog | lying down | talking on the phone
+        taking a selfie"""),
     "relation": _lines("""left of | left of | to the left of | right of | to the right of | in | on | on | next to
         behind | in front of | under | above | near | inside | on top of | facing | beside | leaning against | and
         looking at | with | made of | surrounded by | without"""),
-    "weather": _lines("""in the rain | in the fog | at sunset | at dawn | on a sunny day | in a storm | under a cloudy sky
-        in winter | in autumn | in spring | in summer | at midnight | in the morning | under a rainbow | in the wind"""),
+    "weather": _lines("""in the rain | in the fog | at sunset | at dawn | on a sunny day | in a storm
+        under a cloudy sky | in winter | in autumn | in spring | in summer | at midnight | in the morning
+        under a rainbow | in the wind"""),
     "place": _lines("""in the grass | on the grass | on grass | on the beach | at the beach | on a beach | in the snow
         in snow | at night | in the night | under the night sky | in the desert | in a desert
         in front of a brick wall | by a brick wall | in the forest | in a kitchen | on a table | on a wooden floor
@@ -80,7 +82,7 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         on the roof | in a {material} box | in front of a {building} | near a {scenery} | in {city} | in a living room
         at the airport | in a hospital | at school | on a {colour} {object} | in a swimming pool | in the bathroom
         on a cobblestone road | at a concert | in a restaurant | on a {colour} background"""),
-    "name": _words("emma jack luna oliver grace leo ruby sam daisy max sophie henry rosa omar yolanda gwen mario stella"),
+    "name": _words("emma jack luna oliver grace leo ruby sam daisy max sophie henry rosa omar yolanda gwen mario"),
     "city": _words("Paris London Tokyo Venice Rome Berlin Cairo India China Iceland Mexico Kyoto Havana Texas Norway"),
     "medium": _lines("""a photo of | a photo of | a photo of | a picture of | a drawing of | an image of | photo of
         a rendering of | a painting of | an oil painting of | a watercolour of | a pencil sketch of | a close-up of
@@ -90,14 +92,15 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
         a stock photo of | a 3d render of | a tattoo of | a sticker of | a mosaic of | a child's drawing of
         a screenshot of | a logo of | a sculpture of | a selfie with | a postcard of | a collage of"""),
     "style": _lines("""in the style of a comic | pixel art | studio lighting | soft light | golden hour | high contrast
-        35mm film | bokeh | minimalist | art deco | baroque | cyberpunk | steampunk | impressionist | surreal | isometric
-        wide angle | long exposure | sharp focus | muted colours | vivid colours | trending | 4k | highly detailed
-        hand drawn | children's book | ukiyo-e | stained glass | anime | film noir | depth of field | macro
-        by a famous painter | pop art | line art | product photography | fisheye lens | double exposure | backlit
-        street photography | cinematic | fantasy | matte painting | retro poster | risograph | moody | pastel"""),
-    "idea": _lines("""love | summer | freedom | silence | birthday party | holiday | music | science | war and peace | home
-        dream | memory | speed | Christmas | Halloween | family | business | travel | nature | fashion | architecture
-        sports | education | health | technology"""),
+        35mm film | bokeh | minimalist | art deco | baroque | cyberpunk | steampunk | impressionist | surreal
+        isometric | wide angle | long exposure | sharp focus | muted colours | vivid colours | trending | 4k
+        highly detailed | hand drawn | children's book | ukiyo-e | stained glass | anime | film noir | depth of field
+        macro | by a famous painter | pop art | line art | product photography | fisheye lens | double exposure
+        backlit | street photography | cinematic | fantasy | matte painting | retro poster | risograph | moody
+        pastel"""),
+    "idea": _lines("""love | summer | freedom | silence | birthday party | holiday | music | science | war and peace
+        home | dream | memory | speed | Christmas | Halloween | family | business | travel | nature | fashion
+        architecture | sports | education | health | technology"""),
     "one": ("{some} {quality} {thing}", "{some} {quality} {thing}", "{some} {quality} {being}", "{some} {thing}",
             "{some} {being}", "{some} {being} {wearing}", "{some} {quality} {animal} {wearing}", "{count} {things}",
             "{count} {quality} {things}", "{count} {beings}", "{name}", "{name} the {quality} {animal}"),
@@ -115,7 +118,7 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
     ),
     "title": ("how to draw {some} {being} step by step", "{count} {look} ideas for your {object}",
               "{look} {building} for sale in {city}", "{city} {scenery} wallpaper", "{idea} and {idea}, {style} poster",
-              "{colour} {material} {object}, size {count}", "the {look} {person} of {city}", "recipe for {look} {food}"),
+              "{colour} {material} {object}, size {count}", "the {look} {person} of {city}", "recipe for {food}"),
     "plate": ("{look} {food} with {food} and {food} on a {colour} plate", "a {material} plate of {food} {place}",
               "a cup of {food} and a {look} {food} {weather}"),
     "caption": ("{quality} {thing}", "{being} {doing}", "{scene}", "{scene}", "{scene}", "{scene}", "{medium} {one}",

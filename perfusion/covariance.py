@@ -1,4 +1,4 @@
-"""The uncentred covariance of a text encoder's outputs; its inverse is the metric of the edit (Perfusion, section 4)."""
+"""The uncentred covariance of an encoder's outputs; its inverse is the metric of the edit (Perfusion, section 4)."""
 
 import hashlib
 import logging
@@ -65,7 +65,7 @@ def precision_of(covariance: Tensor, tokens: int) -> Tensor:
     covariance = covariance.double()
     ridge = (FEW if tokens < TOKENS * size else MANY) * covariance.trace() / size
     factor, failed = torch.linalg.cholesky_ex(covariance + ridge * torch.eye(size, dtype=torch.float64))
-    inverse = torch.cholesky_inverse(factor).float()
+    inverse = factor if failed else torch.cholesky_inverse(factor).float()
     if failed or not inverse.isfinite().all():
         raise ValueError("The covariance of this text encoder cannot be inverted: its encodings are not usable "
                          "numbers; load another checkpoint or CLIP.")

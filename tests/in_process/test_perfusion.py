@@ -1,0 +1,266 @@
+"""Edits on a real model: what they change, what they leave alone, and with what they go together."""
+
+from functools import partial
+
+import comfy.sample
+import pytest
+import torch
+from concepts_pack.host.cross_attention import cross_attentions, overridden, sizes, with_edits
+from concepts_pack.perfusion.apply import applied, overrides
+from concepts_pack.perfusion.concept import Edit
+from concepts_pack.perfusion.use import concept_hook
+from concepts_pack.textual_inversion.concept import Concept, Word
+
+from .conftest import WIDTH, make_model
+
+BASE = {"modelspec.base_model": "SD15"}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def precision():
+    root = torch.randn(WIDTH, WIDTH, generator=generator(1))
+    return root @ root.T / WIDTH + torch.eye(WIDTH)
+
+
+def edit_of(model, target, seed=2, presence=0.9):
+    draw = generator(seed)
+    values = {name: torch.randn(out, generator=draw) * 3 for name, (_, out) in sizes(model).items()}
+    return Edit(target, torch.randn(len(target), generator=draw), values, presence=presence)
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Encodings (1 n d) of a prompt whose third token is the concept, and of one without it."""
+    return tuple(torch.randn(2, 1, 77, WIDTH, generator=generator(9)))
+
+
+@pytest.fixture(scope="session")
+def edit(model, prompts):
+    return edit_of(model, prompts[0][0, 2].clone())
+
+
+def sample(model, positive, negative, cfg=4.0, seed=3, steps=2):
+    noise = torch.randn(1, 4, 8, 8, generator=generator(seed))
+    return comfy.sample.sample(model, noise, steps, cfg, "euler", "normal", positive, negative,
+                               torch.zeros(1, 4, 8, 8), disable_pbar=True, seed=seed)
+
+
+def cond(context, **more):
+    return [[context, more]]
+
+
+def near(one, other):
+    """Equal but for rounding, which a model of random weights makes large."""
+    return (one - other).norm() < 1e-2 * other.norm()
+
+
+def patched(model, edit, precision, **settings):
+    return with_edits(model, [applied(edit, precision, "<mine>", **settings)], overrides)
+
+
+def test_the_equation_of_the_paper(model, edit, precision, prompts):
+    """Against equation (3) written with W itself: h = W (e - s i*) + σ((s - β)/τ) o*."""
+    context = prompts[0]
+    one = applied(edit, precision, "<mine>", bias=0.6, temperature=0.15)
+    attentions = cross_attentions(model.model.diffusion_model)
+    layers, met = overrides(attentions, [one])
+    inverse, i = precision.double(), edit.target_input.double()
+    s = context.double() @ inverse @ i / (i @ inverse @ i)
+    gate = 1 / (1 + torch.exp(-(s - 0.6) / 0.15))
+    with torch.inference_mode(False), torch.no_grad(), overridden(layers):
+        for name, attention in attentions.items():
+            for layer, output in ((attention.to_k, None), (attention.to_v, edit.values[name])):
+                weight = layer.weight.double()
+                output = weight @ edit.super_input.double() if output is None else output.double()
+                expected = (context.double() - s[..., None] * i) @ weight.T + gate[..., None] * output
+                torch.testing.assert_close(layer(context).double(), expected, rtol=1e-4, atol=1e-4)
+    assert met().tolist() == [True]
+
+
+def test_prompts_without_the_concept_keep_every_bit(model, edit, precision, prompts):
+    plain = sample(model, cond(prompts[1]), cond(prompts[1] * 0.5))
+    assert torch.equal(sample(patched(model, edit, precision), cond(prompts[1]), cond(prompts[1] * 0.5)), plain)
+    everywhere = patched(model, edit, precision, everywhere=True, bias=-1.0)
+    assert not torch.equal(sample(everywhere, cond(prompts[1]), cond(prompts[1] * 0.5)), plain)
+
+
+def test_the_base_keeps_every_bit_and_no_patch(model, edit, precision, prompts):
+    before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
+    plain = sample(model, cond(prompts[0]), cond(prompts[1]))
+    edited = sample(patched(model, edit, precision), cond(prompts[0]), cond(prompts[1]))
+    assert not torch.equal(edited, plain)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.model.state_dict().items())
+    assert torch.equal(sample(model, cond(prompts[0]), cond(prompts[1])), plain)
+    assert not any("forward" in vars(module) for module in model.model.modules())
+
+
+def test_an_error_in_the_model_leaves_no_patch(model, edit, precision, prompts):
+    broken = patched(model, edit, precision)
+    broken.set_model_attn2_patch(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample(broken, cond(prompts[0]), cond(prompts[1]))
+    assert not any("forward" in vars(module) for module in model.model.modules())
+
+
+def test_order_of_a_lora_does_not_matter(model, edit, precision, prompts):
+    key = next(name for name in model.model.state_dict() if name.endswith("attn2.to_v.weight"))
+    change = {key: (torch.randn(model.model.state_dict()[key].shape, generator=generator(5)),)}
+    before, after = model.clone(), patched(model, edit, precision)
+    before.add_patches(change, 0.5)
+    after.add_patches(change, 0.5)
+    results = [sample(m, cond(prompts[0]), cond(prompts[1])) for m in (patched(before, edit, precision), after)]
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], sample(patched(model, edit, precision), cond(prompts[0]), cond(prompts[1])))
+
+
+def test_batches_and_lengths_do_not_mix(model, edit, precision, prompts):
+    """A prompt of one section beside one of two, in one batch by the host's padding and alone, at CFG 1 too."""
+    one = patched(model, edit, precision)
+    long = torch.cat([prompts[0], prompts[1]], 1)
+    together = sample(one, cond(long), cond(prompts[1]))
+    again = sample(one, cond(long), cond(prompts[1].repeat(1, 2, 1)))
+    assert near(together, again)
+    assert torch.isfinite(sample(one, cond(prompts[0]), cond(prompts[1]), cfg=1.0)).all()
+
+
+def test_a_hook_acts_on_its_prompt_alone(model, clip, edit, precision, prompts, monkeypatch):
+    monkeypatch.setattr("concepts_pack.perfusion.use.precision", lambda clip: precision)
+    word = Word("<mine>", "cat", {"clip_l": torch.randn(1, WIDTH, generator=generator(7))})
+    hooks, _ = concept_hook(model, clip, Concept((word,), edit, BASE), 1.0, bias=0.6)
+    whole = sample(patched(model, edit, precision, bias=0.6), cond(prompts[0]), cond(prompts[1]))
+    hooked = sample(model, cond(prompts[0], hooks=hooks), cond(prompts[1]))
+    assert near(hooked, whole)
+    other = sample(model, cond(prompts[1], hooks=hooks), cond(prompts[0]))
+    assert near(other, sample(model, cond(prompts[1]), cond(prompts[0])))
+
+
+def test_hook_and_model_together_are_one_joint_edit(model, clip, edit, precision, prompts, monkeypatch):
+    monkeypatch.setattr("concepts_pack.perfusion.use.precision", lambda clip: precision)
+    second = edit_of(model, prompts[0][0, 4].clone(), seed=8)
+    word = Word("<two>", "grass", {"clip_l": torch.randn(1, WIDTH, generator=generator(7))})
+    hooks, _ = concept_hook(model, clip, Concept((word,), second, BASE), 1.0)
+    both = with_edits(model, [applied(edit, precision, "<mine>"), applied(second, precision, "<two>")], overrides)
+    expected = sample(both, cond(prompts[0]), cond(prompts[1]))
+    hooked = sample(patched(model, edit, precision), cond(prompts[0], hooks=hooks), cond(prompts[1]))
+    assert near(hooked, expected)
+
+
+def test_order_of_concepts_does_not_matter(model, edit, precision, prompts):
+    second = edit_of(model, prompts[0][0, 4].clone(), seed=8)
+    pair = [applied(edit, precision, "<mine>"), applied(second, precision, "<two>")]
+    forth, back = (sample(with_edits(model, edits, overrides), cond(prompts[0]), cond(prompts[1]))
+                   for edits in (pair, pair[::-1]))
+    assert near(forth, back)
+
+
+def test_two_branches_of_one_model(model, edit, precision, prompts):
+    left, right = patched(model, edit, precision, bias=0.2), patched(model, edit, precision, bias=0.9)
+    first = sample(left, cond(prompts[0]), cond(prompts[1]))
+    assert not torch.equal(sample(right, cond(prompts[0]), cond(prompts[1])), first)
+    assert torch.equal(sample(left, cond(prompts[0]), cond(prompts[1])), first)
+
+
+def test_start_and_end(model, edit, precision, prompts):
+    plain = sample(model, cond(prompts[0]), cond(prompts[1]))
+    never = patched(model, edit, precision, start=1.0)
+    assert torch.equal(sample(never, cond(prompts[0]), cond(prompts[1])), plain)
+    half, whole = (sample(patched(model, edit, precision, end=end), cond(prompts[0]), cond(prompts[1]))
+                   for end in (0.5, 1.0))
+    assert not torch.equal(half, plain) and not torch.equal(half, whole)
+
+
+def test_at_strength_zero_the_values_are_those_of_the_super_category(model, edit, precision, prompts):
+    same = Edit(edit.target_input, edit.target_input, edit.values, presence=0.9)
+    none = patched(model, same, precision, strength=0.0, bias=-100.0)
+    plain = sample(model, cond(prompts[0]), cond(prompts[1]))
+    assert not torch.equal(sample(none, cond(prompts[0]), cond(prompts[1])), plain)  # every token is moved a little
+    once = patched(model, same, precision, strength=0.0, bias=0.9, temperature=0.001)
+    assert torch.isfinite(sample(once, cond(prompts[0]), cond(prompts[1]))).all()
+
+
+def test_patches_of_other_packs_still_run(model, edit, precision, prompts):
+    calls = []
+
+    def other(q, k, v, options):
+        calls.append(k.shape)
+        return q, k, v
+
+    one = patched(model, edit, precision)
+    expected = sample(one, cond(prompts[0]), cond(prompts[1]))
+    both = one.clone()
+    both.set_model_attn2_patch(other)
+    assert torch.equal(sample(both, cond(prompts[0]), cond(prompts[1])), expected) and calls
+
+
+def test_compiled_models(model, edit, precision, prompts):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    torch._dynamo.reset()
+    one = patched(model, edit, precision)
+    expected = sample(one, cond(prompts[0]), cond(prompts[1]), steps=1)
+    compiled = one.clone()
+    set_torch_compile_wrapper(compiled, backend="eager")
+    torch.testing.assert_close(sample(compiled, cond(prompts[0]), cond(prompts[1]), steps=1), expected,
+                               rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_stored_in_few_bits(dtype, precision, prompts):
+    import comfy.model_base
+    import comfy.supported_models
+
+    from .conftest import HEADS, UNET, fill, make_text_matter
+
+    config = comfy.supported_models.SD15(dict(UNET))
+    config.unet_config |= HEADS
+    config.set_inference_dtype(dtype, torch.float32)
+    with torch.inference_mode():
+        base = comfy.model_base.BaseModel(config, device=torch.device("cpu"))
+        fill(base, 1)
+        make_text_matter(base)
+        base.diffusion_model.to(dtype)
+    stored = comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+    one = patched(stored, edit_of(stored, prompts[0][0, 2].clone()), precision)
+    result = sample(one, cond(prompts[0]), cond(prompts[1]))
+    assert torch.isfinite(result).all() and not torch.equal(result, sample(stored, cond(prompts[0]), cond(prompts[1])))
+
+
+@pytest.mark.parametrize("family", ["SD20", "SDXL"])
+def test_other_bases(family):
+    base = make_model(family=family)
+    width = next(iter(sizes(base).values()))[0]
+    context = torch.randn(1, 77, width, generator=generator())
+    metric = torch.eye(width)
+    one = patched(base, edit_of(base, context[0, 2].clone()), metric)
+    extra = {"pooled_output": torch.zeros(1, 48)} if family == "SDXL" else {}
+    results = [sample(m, cond(context, **extra), cond(context * 0.1, **extra)) for m in (base, one)]
+    assert not torch.equal(*results) and torch.isfinite(results[1]).all()
+
+
+def test_a_prompt_that_forgot_the_word_is_named(model, edit, precision, prompts, caplog):
+    one = patched(model, edit, precision)
+    with caplog.at_level("WARNING", "concepts"):
+        sample(one, cond(prompts[0]), cond(prompts[1]))
+        assert not caplog.records
+        sample(one, cond(prompts[1]), cond(prompts[1] * 0.5))
+    assert [record.getMessage() for record in caplog.records] == [
+        "No prompt of this picture has <mine> in it, so the concept did nothing."
+    ]
+
+
+def test_overrides_nest_and_unwind(model):
+    layer = next(iter(cross_attentions(model.model.diffusion_model).values())).to_v
+    x = torch.ones(1, 2, WIDTH)
+    with torch.inference_mode():
+        plain = layer(x)
+
+        def add(amount, forward, x):
+            return forward(x) + amount
+
+        with overridden({layer: partial(add, 1)}), overridden({layer: partial(add, 10)}):
+            torch.testing.assert_close(layer(x), plain + 11)
+        assert torch.equal(layer(x), plain) and "forward" not in vars(layer)
