@@ -37,12 +37,13 @@ def components(s: Tensor, target_inputs: Tensor, dual: Tensor, present: Tensor |
     here = torch.ones_like(s) if present is None else present.to(s)
     if s.shape[-1] == 1:
         return s * here
-    target_inputs, dual, here = target_inputs.double(), dual.double(), here.double()
+    exact = torch.float32 if s.device.type == "mps" else torch.float64  # which has no double
+    target_inputs, dual, here = target_inputs.to(exact), dual.to(exact), here.to(exact)
     gram = einsum(target_inputs, dual, "j d, k d -> j k")
     length = gram.diagonal().sqrt()
     others = (gram / length[:, None] / length).fill_diagonal_(0) * here[..., None] * here[..., None, :]
-    identity = torch.eye(len(length), dtype=torch.float64, device=gram.device)
-    solved = torch.linalg.solve(others + (1 + RIDGE) * identity, s.double() * length * here)
+    identity = torch.eye(len(length), dtype=exact, device=gram.device)
+    solved = torch.linalg.solve(others + (1 + RIDGE) * identity, s.to(exact) * length * here)
     return (solved / length).to(s)
 
 

@@ -9,7 +9,6 @@ from concepts_pack.perfusion.train import EditRecipe
 from concepts_pack.textual_inversion.concept import Concept, Word
 from dataclasses import asdict
 import inspect
-from concepts_pack.nodes.training_inputs import *
 SD={"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2, 2],
     "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
     "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1,
@@ -23,9 +22,9 @@ def test_x():
         d=cfg["context_dim"]
         e=Edit(torch.randn(d),torch.randn(d),{n:torch.randn(k) for n,k in s.items()},encoder="0"*64)
         from concepts_pack.textual_inversion import templates
-        c=Concept((Word("<mine>","cat",{k:torch.randn(1,w) for k,w in words.items()}),),e,{})
+        c=Concept((Word("<mine>","cat",{k:torch.randn(1,w) for k,w in words.items()}),),e,{"modelspec.sai_model_spec":"1.0.1","modelspec.architecture":"SD15/perfusion","modelspec.base_model":"SD15","modelspec.title":"mine","concepts.training":json.dumps(asdict(EditRecipe("<mine>","cat",200,0.0052,4,0))|{"photos":5,"side":512,"steps_done":200},sort_keys=True)})
         b=to_bytes(c); n=struct.unpack("<Q",b[:8])[0]
         print(len(s), sum(s.values()), len(b), n, len(b)-n-8, len(to_text(c)))
-        print(b[8:600])
+        print(b[8:400])
     print(inspect.signature(EditRecipe))
     print(list(s)[:3])
