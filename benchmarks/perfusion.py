@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..host.cross_attention import attention_to
 from ..host.text import encode, ready, rows, word_places
-from ..microworld.captions import PLACES
+from ..microworld import captions
 from ..microworld.data import parallel, work
 from ..microworld.oracle import embed, load, read
 from ..microworld.world import CONCEPTS, concept_photos, super_category
@@ -32,6 +32,7 @@ from ..perfusion.train import EditMethod, EditRecipe
 from ..perfusion.use import apply_concept
 from ..textual_inversion import file as word_file
 from ..textual_inversion.concept import Concept
+from ..textual_inversion.templates import OBJECT, PLACES
 from ..textual_inversion.train import Preview, learn_word
 from ..training.dataset import gather
 from . import textual_inversion
@@ -39,9 +40,10 @@ from .microworld import interval
 from .sampling import draw, load_checkpoint
 from .textual_inversion import HERE, PHOTOS_SEED, REAL_SEED, SCENES, judge
 
-BIASES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1)
+BIASES = (0.4, 0.55, 0.65, 0.75, 0.85, 0.95, 1.05, 1.2)
+PAIRED = (0.65, 0.95)  # where locked and trained keys are compared
 MOMENTUM = 0.9
-PAIR_SCENES = tuple(f"a {{}} left of a {{}} {places[0]}" for places in PLACES.values())
+PAIR_SCENES = tuple(f"a {{}} left of a {{}} {places[0]}" for places in captions.PLACES.values())
 ENOUGH = 0.4  # ID of a region that counts as the concept
 
 
@@ -50,7 +52,7 @@ def learn(base, name: str, seed: int, photos: int = 4, masked: bool = True, **ch
     pictures, masks = concept_photos(name, photos, PHOTOS_SEED + seed)
     kind, clip = super_category(name), base[1]
     recipe = EditRecipe(**{"placeholder": "<mine>", "init_text": kind, "seed": seed, "momentum": MOMENTUM,
-                           **pace_of("balanced", clip, kind), **changes})
+                           "sentences": OBJECT + PLACES, "mask_floor": 0.02, **pace_of("balanced", clip, kind), **changes})
     method = partial(EditMethod, precision(clip), encoder_fingerprint(clip))
     given = gather([torch.from_numpy(pictures)], [torch.from_numpy(masks)] if masked else [])
     return learn_word(*base, given, recipe, Preview(every=0, steps=1), method_of=method).concept
@@ -78,12 +80,12 @@ def single(name: str, split: str, seeds: int, cfg: float, variants: dict[str, di
         for label, changes in variants.items():
             concept = learn(base, name, seed, **changes)
             file.save(concept, work("concepts"), stem(name, seed, label), overwrite=True)
-            for bias in BIASES:
+            for bias in PAIRED if changes.get("train_keys") else BIASES:
                 note(label, bias, pictures_of(base, concept, seed, cfg, bias=bias), seed)
         note("class word", 0, textual_inversion.pictures_of(base, kind, seed, cfg), seed)
         word = textual_inversion.learn(base, name, seed)
         word_file.save(word, work("concepts"), stem(name, seed, "word"), overwrite=True)
-        for strength in (0.5, 0.75, 1.0):
+        for strength in (0.75, 1.0):
             note("textual inversion", strength, word_pictures(base, word, seed, cfg, strength), seed)
     return found
 
@@ -105,10 +107,8 @@ def summary(found: list[tuple]) -> dict:
         chosen = np.array([row[2:4] for row in found if row[:2] == (label, bias)])
         result["curves"].setdefault(label, {})[bias] = {"ID": interval(chosen[:, 0]), "TXT": interval(chosen[:, 1])}
     base_id = result["curves"]["class word"][0]["ID"][0]
-    for label in ("locked keys", "trained keys"):
-        curve = result["curves"].get(label)
-        if not curve:
-            continue
+    for label in ("locked keys",) if "locked keys" in result["curves"] else ():
+        curve = result["curves"][label]
         ids, txts = ([point[measure][0] for point in curve.values()] for measure in ("ID", "TXT"))
         result[label] = {
             "Spearman of bias with ID": float(spearmanr(list(curve), ids)[0]),
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cfg", type=float, default=3.0)
-    parser.add_argument("--bias", type=float, default=0.6, help="of the pairs")
+    parser.add_argument("--bias", type=float, default=0.75, help="of the pairs")
     parser.add_argument("--variants", type=json.loads, default={}, help="settings by label, as JSON")
     args = parser.parse_args()
     names = [name for name, concept in CONCEPTS.items() if concept.split == args.split][: args.concepts]

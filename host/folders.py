@@ -21,8 +21,8 @@ def file_path(kind: str, name: str) -> Path:
 
 
 def register() -> None:
-    """Makes models/concepts a folder of models. Calling it twice changes nothing."""
-    folder_paths.add_model_folder_path(CONCEPTS, str(Path(folder_paths.models_dir) / CONCEPTS), is_default=True)
+    """Makes models/concepts a folder of models, after those the user configured. Calling it twice changes nothing."""
+    folder_paths.add_model_folder_path(CONCEPTS, str(Path(folder_paths.models_dir) / CONCEPTS))
     folder_paths.folder_names_and_paths[CONCEPTS][1].add(".safetensors")
 
 

@@ -56,10 +56,11 @@ class ConceptsSave(io.ComfyNode):
                 layout: str = file.DEFAULT_LAYOUT) -> io.NodeOutput:
         if concept.edit is not None:
             if layout != file.DEFAULT_LAYOUT:
-                raise ValueError(f"The layout {layout!r} is for learned words; a Perfusion concept has only the first.")
-            path = edit_file.save(concept, concepts_folder(), name, overwrite)
-            text = concept.words[0].placeholder
-            shown = f"{EDITS}{path.relative_to(concepts_folder()).as_posix()}"
+                raise ValueError(f"The layout {layout!r} is for learned words, and {concept.words[0].placeholder} is a "
+                                 f"Perfusion concept; choose {file.DEFAULT_LAYOUT!r}.")
+            folder = concepts_folder()
+            path = edit_file.save(concept, folder, name, overwrite)
+            text, shown = concept.words[0].placeholder, _listed(path.relative_to(folder).as_posix(), _words())
             return io.NodeOutput(text, ui=ui.PreviewText(
                 f"Saved: choose {shown} in Load Concept, connect Apply Concept and write {text} in the prompt."
             ))
@@ -105,7 +106,7 @@ class ConceptsLoad(io.ComfyNode):
 
     @classmethod
     def execute(cls, name: str, placeholder: str) -> io.NodeOutput:
-        reader = edit_file if name.startswith(EDITS) else file
+        reader = edit_file if _is_edit(name) else file
         return _loaded(reader.load(_path(name), placeholder.strip()))
 
 
@@ -185,13 +186,26 @@ class ConceptsBundle(io.ComfyNode):
 
 
 def _names() -> list[str]:
-    return [*file_names("embeddings", file.ENDINGS),
-            *(f"{EDITS}{name}" for name in file_names("concepts", (edit_file.ENDING,)))]
+    words = _words()
+    return [*words, *(_listed(name, words) for name in file_names("concepts", (edit_file.ENDING,)))]
+
+
+def _words() -> list[str]:
+    return file_names("embeddings", file.ENDINGS)
+
+
+def _listed(name: str, words: list[str]) -> str:
+    """What the list calls a file in models/concepts; a second slash where an embedding has that name."""
+    return f"{EDITS}/{name}" if f"{EDITS}{name}" in words else f"{EDITS}{name}"
+
+
+def _is_edit(name: str) -> bool:
+    return name.startswith(EDITS) and name not in _words()
 
 
 def _path(name: str) -> Path:
-    if name.startswith(EDITS):
-        return file_path("concepts", name.removeprefix(EDITS))
+    if _is_edit(name):
+        return file_path("concepts", name.removeprefix(EDITS).removeprefix("/"))
     return file_path("embeddings", name)
 
 

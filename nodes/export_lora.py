@@ -1,13 +1,12 @@
 """Export Concept as LoRA."""
 
-import safetensors.torch
 from comfy_api.latest import io, ui
 
 from ..host.cross_attention import sizes
 from ..host.folders import loras_folder
 from ..perfusion.covariance import precision
 from ..perfusion.file import check_fits
-from ..perfusion.lora import to_lora
+from ..perfusion.lora import to_bytes, to_lora
 from ..textual_inversion.concept import Concept as ConceptValue
 from ..textual_inversion.file import checked_name, free_path
 from ..training.disk import write_whole
@@ -49,9 +48,10 @@ class ConceptsExportLora(io.ComfyNode):
     def execute(cls, model, clip, concept: ConceptValue, name: str, strength: float, overwrite: bool) -> io.NodeOutput:
         if concept.edit is None:
             raise ValueError("This concept is only a word, which no LoRA can hold alone; save it with Save Concept.")
+        name = checked_name(name)
         check_fits(concept, sizes(model))
         tensors = to_lora(model, concept, precision(clip), strength)
-        path = free_path(loras_folder(), checked_name(name), ".safetensors", overwrite)
-        write_whole(path, safetensors.torch.save(tensors))
+        path = free_path(loras_folder(), name, ".safetensors", overwrite)
+        write_whole(path, to_bytes(tensors, concept))
         saved = path.relative_to(loras_folder()).as_posix()
         return io.NodeOutput(saved, ui=ui.PreviewText(f"Saved {saved} in models/loras."))

@@ -13,9 +13,9 @@ from ..textual_inversion.word import row_size
 from .training_inputs import OWN, common_recipe, how_to_look, how_to_run, outputs, pace, run, stops, what_to_learn
 
 PRESETS = {  # rates are in root mean squares of what they move: the class word's numbers, its values in each layer
-    "balanced": {"steps": 200, "rate": 0.1, "value_rate": 0.2, "batch_size": 4},
-    "quick": {"steps": 80, "rate": 0.1, "value_rate": 0.3, "batch_size": 4},
-    "thorough": {"steps": 400, "rate": 0.1, "value_rate": 0.15, "batch_size": 4},
+    "balanced": {"steps": 200, "rate": 0.1, "value_rate": 0.4, "batch_size": 4},
+    "quick": {"steps": 80, "rate": 0.1, "value_rate": 0.6, "batch_size": 4},
+    "thorough": {"steps": 400, "rate": 0.1, "value_rate": 0.3, "batch_size": 4},
 }
 
 
@@ -53,7 +53,7 @@ class ConceptsTrainPerfusion(io.ComfyNode):
                     "How long and how fast to learn. 'balanced' suits three to ten photos, 'quick' is for a first "
                     "look, 'thorough' for a last one; 'own settings' shows the numbers behind."
                 )),
-                *how_to_look(),
+                *how_to_look(kind="object in places", mask_floor=0.02),
                 io.Boolean.Input("own_masks", default=True, advanced=True, tooltip=(
                     "Without masks, find the thing by where the model looks for the init text, so that backgrounds "
                     "are not learned."

@@ -56,11 +56,12 @@ def what_to_learn() -> list[io.Input]:
     ]
 
 
-def how_to_look() -> list[io.Input]:
+def how_to_look(kind: str, mask_floor: float) -> list[io.Input]:
     """Sentences, views of the photos, weights of the loss."""
     return [
-        io.Combo.Input("sentences", options=list(BY_KIND), default="object", advanced=True, tooltip=(
-            "The kind of sentences the word is learned in: 'object' for things and beings, 'style' for a look."
+        io.Combo.Input("sentences", options=list(BY_KIND), default=kind, advanced=True, tooltip=(
+            "The kind of sentences the word is learned in: 'object' for things and beings, 'style' for a look, 'object "
+            "in places' also names places that the photos do not show, which only suits training with masks."
         )),
         io.String.Input("own_sentences", default="", multiline=True, advanced=True,
                         placeholder="your own sentences, one per line: a photo of {} on a table", tooltip=(
@@ -77,7 +78,7 @@ def how_to_look() -> list[io.Input]:
             "Also learn from so many random crops of each photo, three quarters of it or more. For photos "
             "that are all framed alike."
         )),
-        io.Float.Input("mask_floor", default=0.1, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
+        io.Float.Input("mask_floor", default=mask_floor, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
             "How much the photo outside its mask counts. Above 0 the word also learns how the thing meets "
             "its surroundings. Without masks it does nothing."
         )),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .concept import Edit
 from .edit import change, components, dual_of, gate, similarity
 
-BIAS, TEMPERATURE = 0.65, 0.15
+BIAS, TEMPERATURE = 0.75, 0.15
 
 
 @dataclass(frozen=True, eq=False)

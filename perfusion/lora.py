@@ -1,33 +1,50 @@
 """A concept's edit without its gate: a rank-1 change of the key and value weights, as a LoRA file any loader takes."""
 
+import json
+
+import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..host.copies import settle
 from ..host.cross_attention import cross_attentions, lora_names
 from ..host.sockets import ModelPatcher
 from ..textual_inversion.concept import Concept
+from ..textual_inversion.file import with_metadata
 from .edit import dual_of
+
+KEPT = ("modelspec.base_model", "modelspec.title", "ssmd_cover_images", "concepts.training")
 
 
 @torch.no_grad()
 def to_lora(model: ModelPatcher, concept: Concept, precision: Tensor, strength: float = 1.0) -> dict[str, Tensor]:
     """LoRA tensors of rank 1 (fp16), up (o* - W i*) and down C⁻¹ i* / <i*, i*>, so that W' i* = o* at strength 1.
 
-    Without a gate the change acts on every token as far as it resembles i*. `precision` is C⁻¹ (d d).
+    Without a gate the change acts on every token as far as it resembles i*. `precision` is C⁻¹ (d d). W is what the
+    model's layers compute, with the LoRAs on it; the word is bundled as A1111 does. Raises ValueError for the precision
+    of another encoder, or for numbers that half precision cannot hold.
     """
     (word,), edit = concept.words, concept.edit
-    dual = dual_of(edit.target_input[None], precision)[0].float()
-    down = dual / (dual @ edit.target_input)
-    balance = down.norm()
+    target = edit.target_input
+    if len(precision) != len(target):
+        raise ValueError(f"{word.placeholder} was learned with a text encoder that gives {len(target)} numbers for a "
+                         f"token; this CLIP gives {len(precision)}: take model and CLIP from one checkpoint.")
+    dual = dual_of(target[None], precision)[0]
+    down = (dual / (dual @ target.double())).float()
+    balance = down.norm()  # so that neither half is small beside the other
+    settle(model)
+    inputs = torch.stack([target, edit.super_input]).to(model.load_device, model.model.get_dtype_inference())
     tensors, keys = {}, lora_names(model)
     for name, attention in cross_attentions(model.model.diffusion_model).items():
         for layer, learned in (("to_k", edit.keys.get(name)), ("to_v", edit.values[name])):
-            through = getattr(attention, layer)
-            device = next(through.parameters()).device
-            before, locked = through(torch.stack([edit.target_input, edit.super_input]).to(device)).float().cpu()
+            before, locked = getattr(attention, layer)(inputs).float().cpu()
             output = locked if learned is None else learned
             key = keys[f"diffusion_model.{name}.attn2.{layer}.weight"]
-            tensors[f"{key}.lora_up.weight"] = (strength * balance * (output - before))[:, None].half().contiguous()
+            up = (strength * balance * (output - before))[:, None].half().contiguous()
+            if not bool(up.isfinite().all()):
+                raise ValueError(f"{word.placeholder} cannot become a LoRA: what it changes in {name} is more than "
+                                 "half precision holds; use a strength nearer 0.")
+            tensors[f"{key}.lora_up.weight"] = up
             tensors[f"{key}.lora_down.weight"] = (down / balance)[None].half().contiguous()
             tensors[f"{key}.alpha"] = torch.tensor(1.0)
     title = word.placeholder.strip("<>")
@@ -35,3 +52,13 @@ def to_lora(model: ModelPatcher, concept: Concept, precision: Tensor, strength: 
         part = "string_to_param.*" if word.vectors.keys() == {"clip_l"} else encoder
         tensors[f"bundle_emb.{title}.{part}"] = vectors.detach().cpu().float().contiguous()
     return tensors
+
+
+def to_bytes(tensors: dict[str, Tensor], concept: Concept) -> bytes:
+    """The LoRA file, with the concept's cover and trigger word where hosts look for them; always the same bytes."""
+    kept = {name: concept.metadata[name] for name in KEPT if name in concept.metadata}
+    words = json.dumps([word.placeholder for word in concept.words])
+    return with_metadata(safetensors.torch.save(tensors), {
+        **kept, "trained_words": words, "ss_network_module": "networks.lora", "ss_network_dim": "1",
+        "ss_network_alpha": "1",
+    })

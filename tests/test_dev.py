@@ -208,10 +208,11 @@ def test_dying_host_shows_the_end_of_its_log(host, tmp_path):
         pytest.fail("served")
 
 
-def test_pack_that_does_not_load(host, tmp_path):
+@pytest.mark.parametrize("broken", ["{}", "async def comfy_entrypoint():\n    {}"], ids=["import", "entry point"])
+def test_pack_that_does_not_load(host, tmp_path, broken):
     node = tmp_path / "custom_nodes" / "ComfyUI-Concepts"
     node.mkdir(parents=True)
-    (node / "__init__.py").write_text("raise RuntimeError('the reason')")
+    (node / "__init__.py").write_text(broken.format("raise RuntimeError('the reason')"))
     with pytest.raises(dev.DevError, match="(?s)could not load this pack.*the reason"), dev.serve(host, tmp_path):
         pytest.fail("served")
 

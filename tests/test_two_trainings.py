@@ -21,7 +21,7 @@ def example(client):
     prompt = to_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), info)
     prompt = {key: node for key, node in prompt.items() if node["class_type"] in NEEDED}
     choose(the(prompt, TRAIN), info[TRAIN], "preset", "own settings", steps=2, batch_size=1)
-    the(prompt, TRAIN)["preview_steps"] = 1
+    the(prompt, TRAIN).update(preview_steps=1, resolution=64)
     return prompt
 
 

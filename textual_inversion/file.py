@@ -4,6 +4,7 @@ import json
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -92,12 +93,7 @@ def load(path: Path, placeholder: str = "") -> Concept:
 
 def from_bytes(data: bytes, name: str) -> Concept:
     """Reads the word in the bytes of a file that `to_bytes` made in its first layout; `name` is what errors call it."""
-    try:
-        tensors = safetensors.torch.load(data)
-        size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8:8 + size]).get("__metadata__", {})
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name} is not readable: {error}.") from error
+    metadata, tensors = parsed(data, name)
     return _concept(name, "mine", words_in(name, tensors, metadata), metadata, "")
 
 
@@ -149,6 +145,28 @@ def _checked(file: str, name: str, vectors: Tensor) -> Tensor:
     if not bool(vectors.isfinite().all()):
         raise ValueError(f"{file} is damaged: {name!r} holds values that are not finite numbers.")
     return vectors
+
+
+def parsed(data: bytes, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file's bytes. Raises ValueError that calls them `name`."""
+    try:
+        tensors = safetensors.torch.load(data)
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:8 + size], object_pairs_hook=_each_once)
+        return header.get("__metadata__") or {}, tensors
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"{name} is not a readable safetensors file: {reason}.") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A header's names, of which parsers of JSON would otherwise take the last of several."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"it holds {name[:80]!r} twice")
+        found[name] = value
+    return found
 
 
 def with_metadata(data: bytes, metadata: dict[str, str]) -> bytes:

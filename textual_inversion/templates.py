@@ -22,7 +22,17 @@ STYLE = (
     "{} style",
     "a small study in the {} style",
 )
-BY_KIND = {"object": OBJECT, "style": STYLE}
+PLACES = (
+    "a {} on the beach",
+    "a {} in the snow",
+    "my {} on a table",
+    "a photo of a {} in the city",
+    "a {} at night",
+    "a picture of a {} in the grass",
+    "the {} in a garden",
+    "one {} next to a tree",
+)
+BY_KIND = {"object": OBJECT, "style": STYLE, "object in places": OBJECT + PLACES}
 
 
 def sentences(kind: str, own: str) -> tuple[str, ...]:

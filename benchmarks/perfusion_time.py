@@ -1,0 +1,168 @@
+"""Speed and memory of Perfusion at Stable Diffusion 1.5's true shapes, random weights:
+`python3 dev.py run benchmarks/perfusion_time.py`.
+
+Sampling steps with 0, 1 and 8 concepts taken in turn, a training step and its forward pass taken in turn, and the peak
+memory of trainings alone in processes of their own, ComfyUI's LoRA training beside ours. Medians and ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from contextlib import ExitStack
+
+import comfy.sample
+import torch
+
+from ..host.copies import private_copies
+from ..host.cross_attention import sizes, with_edits
+from ..host.objective import timestep_count
+from ..perfusion.apply import applied, overrides
+from ..perfusion.concept import Edit
+from ..perfusion.train import EditMethod, EditRecipe
+from ..training.dataset import Lessons
+from ..training.draws import draw
+from ..training.loop import Plan, train
+from .step_time import HERE, SEED, make_clip, make_unet, seconds
+
+WIDTH, TOKENS = 768, 77
+
+
+def concepts(model, count: int, context: torch.Tensor) -> list:
+    """Random concepts, each the encoding of another token of `context` (1 n d), so that all are at work."""
+    generator = torch.Generator().manual_seed(SEED)
+    made = []
+    for number in range(count):
+        values = {name: torch.randn(out, generator=generator) for name, (_, out) in sizes(model).items()}
+        edit = Edit(context[0, 2 + 3 * number].clone(), torch.randn(WIDTH, generator=generator), values)
+        made.append(applied(edit, torch.eye(WIDTH), f"<{number}>"))
+    return made
+
+
+def sampling(size: int, rounds: int, steps: int) -> dict:
+    """Seconds of a few steps with CFG, unpatched, with one and with eight concepts, in turn."""
+    model = make_unet()
+    context = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+    negative = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(SEED))
+    models = {"unpatched": model, **{f"{n} concepts": with_edits(model, concepts(model, n, context), overrides)
+                                     for n in (1, 8)}}
+    times: dict[str, list[float]] = {label: [] for label in models}
+    for number in range(rounds + 1):
+        for label, patched in models.items():
+            took = seconds(lambda: comfy.sample.sample(
+                patched, noise, steps, 7.0, "euler", "normal", [[context, {}]], [[negative, {}]],  # noqa: B023
+                torch.zeros_like(noise), disable_pbar=True, seed=SEED,
+            ))
+            if number:
+                times[label].append(took)
+        print({label: round(values[-1], 2) for label, values in times.items() if values}, flush=True)
+    ratios = {label: [a / b for a, b in zip(values, times["unpatched"], strict=True)]
+              for label, values in times.items() if label != "unpatched"}
+    return {"seconds, median": {label: statistics.median(values) for label, values in times.items()},
+            "÷ unpatched [median, quartiles]": {
+                label: [statistics.median(values), *statistics.quantiles(values, n=4)[::2]]
+                for label, values in ratios.items()}}
+
+
+def training(stack: ExitStack, batch: int, size: int) -> dict:
+    """Our training step and a forward pass of the plain model on the same batch."""
+    model, clip = make_unet(), make_clip()
+    unet, text = stack.enter_context(private_copies(model, clip))
+    del model, clip
+    latents = torch.randn(4, 1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(SEED))
+    latents = latents.to(unet.load_device)
+    recipe = EditRecipe("<mine>", "cat", steps=1, learning_rate=0.006, batch_size=batch, seed=SEED, own_masks=False)
+    method = EditMethod(torch.eye(WIDTH), "", unet, text, recipe, Lessons(latents, None, ("",) * 4))
+    plan = Plan(1, batch, SEED, timestep_count(unet.model))
+
+    def forward() -> None:
+        with torch.no_grad():
+            method.loss(draw(latents, plan.levels, batch, SEED, 0))
+            method.met.clear()
+
+    return {"step": lambda: train(method, latents, plan, lambda losses: None), "forward": forward}
+
+
+def native_lora(batch: int, size: int) -> None:
+    """Two steps of ComfyUI's own LoRA training."""
+    from comfy_extras.nodes_train import TrainLoraNode
+
+    context = torch.randn(1, TOKENS, WIDTH)
+    latents = {"samples": torch.randn(4, 4, size // 8, size // 8)}
+    chosen = {
+        "model": [make_unet()], "latents": [latents], "positive": [[[context, {}]]], "batch_size": [batch],
+        "grad_accumulation_steps": [1], "steps": [2], "learning_rate": [5e-4], "rank": [8], "optimizer": ["AdamW"],
+        "loss_function": ["MSE"], "seed": [0], "training_dtype": ["fp32"], "lora_dtype": ["fp32"],
+        "quantized_backward": [False], "algorithm": ["LoRA"], "gradient_checkpointing": [False],
+        "checkpoint_depth": [1], "offloading": [False], "existing_lora": ["[None]"], "bucket_mode": [False],
+        "bypass_mode": [False],
+    }  # fmt: skip
+    TrainLoraNode.execute(**chosen)
+
+
+def peak(which: str, batch: int, size: int) -> float:
+    """Peak memory in GB of a process that takes two steps: the card's if there is one, else the process's."""
+    if which == "ours":
+        with ExitStack() as stack:
+            step = training(stack, batch, size)["step"]
+            step()
+            step()
+    else:
+        native_lora(batch, size)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def steps(batch: int, size: int, rounds: int) -> dict:
+    with ExitStack() as stack:
+        actions = training(stack, batch, size)
+        times: dict[str, list[float]] = {name: [] for name in actions}
+        for number in range(rounds + 1):
+            for name, action in actions.items():
+                took = seconds(action)
+                if number:
+                    times[name].append(took)
+            print({name: round(values[-1], 2) for name, values in times.items() if values}, flush=True)
+    ratios = [a / b for a, b in zip(times["step"], times["forward"], strict=True)]
+    return {"seconds, median": {name: statistics.median(values) for name, values in times.items()},
+            "step ÷ forward [median, quartiles]": [statistics.median(ratios),
+                                                   *statistics.quantiles(ratios, n=4)[::2]]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--sampling-steps", type=int, default=3)
+    parser.add_argument("--alone", choices=("ours", "native"), help="only print this one's peak memory in GB")
+    args = parser.parse_args()
+    if args.alone:
+        print(peak(args.alone, args.batch, args.size))
+        return
+    result = {"batch": args.batch, "size": args.size, "rounds": args.rounds, "device": "cpu"}
+    if torch.cuda.is_available():
+        result["device"] = torch.cuda.get_device_name()
+    result["training"] = steps(args.batch, args.size, args.rounds)
+    result["sampling"] = sampling(args.size, args.rounds, args.sampling_steps)
+    memory = {}
+    for which in ("ours", "native"):
+        command = [sys.executable, HERE.parent / "dev.py", "run", __file__, "--alone", which,
+                   "--batch", str(args.batch), "--size", str(args.size)]  # fmt: skip
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        memory[which] = float(said.strip().splitlines()[-1])
+    result |= {"peak GB": memory, "peak, ours ÷ native LoRA": memory["ours"] / memory["native"]}
+    text = json.dumps(result, indent=1)
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results" / "perfusion_time.json").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,361 @@
+"""Concept files: byte-equal round trips, the true sizes, and one sentence for every kind of damage."""
+
+import json
+import random
+import re
+import struct
+from dataclasses import asdict, replace
+
+import comfy.ops
+import comfy.utils
+import folder_paths
+import pytest
+import safetensors.torch
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from concepts_pack.host import folders
+from concepts_pack.host.cross_attention import cross_attentions
+from concepts_pack.nodes.concept_files import ConceptsLoad, ConceptsSave
+from concepts_pack.perfusion.concept import Edit
+from concepts_pack.perfusion.file import LARGEST, check_fits, from_bytes, load, save, to_bytes
+from concepts_pack.perfusion.train import EditRecipe
+from concepts_pack.textual_inversion import file as word_file
+from concepts_pack.textual_inversion.concept import Concept, Word
+from concepts_pack.textual_inversion.file import with_metadata
+
+SD15 = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1,
+    "context_dim": 768, "use_spatial_transformer": True, "use_linear_in_transformer": False, "legacy": False,
+    "num_heads": 8, "adm_in_channels": None, "dtype": torch.float32,
+}
+SDXL = SD15 | {
+    "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10, "context_dim": 2048,
+    "num_classes": "sequential", "adm_in_channels": 2816, "use_linear_in_transformer": True, "num_heads": -1,
+    "num_head_channels": 64,
+}
+LAYERS = {"input_blocks.1.1.transformer_blocks.0": 8, "middle_block.1.transformer_blocks.0": 16,
+          "output_blocks.1.1.transformer_blocks.0": 16}
+COVER = {"ssmd_cover_images": json.dumps(["aGk="])}
+
+
+def concept(layers=LAYERS, keys=(), placeholder="<mine>", metadata=None, **encoders):
+    """A concept with random numbers; `encoders` are the width of each one's vectors."""
+    draw = torch.Generator().manual_seed(0)
+    widths = encoders or {"clip_l": 32}
+
+    def vector(*shape):
+        return torch.randn(*shape, generator=draw)
+
+    word = Word(placeholder, "cat", {name: vector(2, width) for name, width in widths.items()})
+    edit = Edit(vector(sum(widths.values())), vector(sum(widths.values())),
+                {layer: vector(size) for layer, size in layers.items()},
+                {layer: vector(layers[layer]) for layer in keys}, presence=0.61234, encoder="0123456789abcdef")
+    return Concept((word,), edit, {"modelspec.base_model": "SD15", **COVER} if metadata is None else metadata)
+
+
+def parts(data):
+    """Metadata and tensors of a file."""
+    (size,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8:8 + size])["__metadata__"], safetensors.torch.load(data)
+
+
+def rewritten(metadata=None, tensors=None):
+    """The bytes of a concept with some of its metadata and tensors replaced; None takes them out."""
+    old, kept = parts(to_bytes(concept(keys=[next(iter(LAYERS))])))
+    kept = {name: tensor for name, tensor in (kept | (tensors or {})).items() if tensor is not None}
+    old = {name: text for name, text in (old | (metadata or {})).items() if text is not None}
+    return with_metadata(safetensors.torch.save(kept), old)
+
+
+def one_sentence(error):
+    return "\n" not in str(error) and str(error).endswith(".") and len(str(error)) < 400
+
+
+@pytest.mark.parametrize("keys", [(), tuple(LAYERS)])
+def test_save_load_save_is_byte_equal(tmp_path, keys):
+    first = save(concept(keys=keys), tmp_path, "a")
+    second = save(load(first), tmp_path, "b")
+    assert first.read_bytes() == second.read_bytes() == to_bytes(concept(keys=keys))
+    loaded, (word,) = load(first), load(first).words
+    assert (word.placeholder, word.class_word) == ("<mine>", "cat")
+    assert (loaded.edit.presence, loaded.edit.encoder) == (0.6123, "0123456789abcdef")
+    assert loaded.edit.values.keys() == LAYERS.keys() and loaded.edit.keys.keys() == set(keys)
+    made = concept(keys=keys)
+    pairs = [(loaded.edit.target_input, made.edit.target_input), (loaded.edit.super_input, made.edit.super_input),
+             (word.vectors["clip_l"], made.words[0].vectors["clip_l"]),
+             *((loaded.edit.values[layer], made.edit.values[layer]) for layer in LAYERS),
+             *((loaded.edit.keys[layer], made.edit.keys[layer]) for layer in keys)]
+    assert all(read.dtype == torch.float32 and torch.equal(read, written.half().float()) for read, written in pairs)
+    assert load(first, "<other>").words[0].placeholder == "<other>"
+
+
+def test_what_is_loaded_is_its_own_and_can_be_trained(tmp_path):
+    path = save(concept(), tmp_path, "a")
+    with torch.inference_mode():
+        loaded = load(path)
+    path.write_bytes(b"")
+    assert not loaded.edit.target_input.is_inference() and loaded.edit.target_input.isfinite().all()
+
+
+def test_names_and_header(tmp_path):
+    metadata, tensors = parts(to_bytes(concept(keys=[next(iter(LAYERS))], clip_l=32, clip_g=48)))
+    layer = next(iter(LAYERS))
+    assert tensors.keys() == {"word.clip_l", "word.clip_g", "target_input", "super_input", f"keys.{layer}",
+                              *(f"values.{name}" for name in LAYERS)}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert list(metadata) == sorted(metadata)
+    assert (metadata["concepts.format"], metadata["concepts.method"]) == ("1", "perfusion")
+    read = json.loads(comfy.utils.safetensors_header(str(save(concept(), tmp_path, "a"))))["__metadata__"]
+    assert json.loads(read["trained_words"]) == ["<mine>"] and json.loads(read["ssmd_cover_images"]) == ["aGk="]
+
+
+@pytest.mark.parametrize(("config", "count", "encoders", "numbers", "largest"), [
+    (SD15, 16, {"clip_l": 768}, 30_000, 33_000),
+    (SDXL, 70, {"clip_l": 768, "clip_g": 1280}, 180_000, 188_000),
+])
+def test_size_on_the_true_layers(config, count, encoders, numbers, largest):
+    """What is learned, and the whole file with the record of its training and without its cover."""
+    unet = UNetModel(**config, device="meta", operations=comfy.ops.disable_weight_init)
+    sizes = {name: (attention.to_v.in_features, attention.to_v.out_features)
+             for name, attention in cross_attentions(unet).items()}
+    recipe = asdict(EditRecipe("<mine>", "cat", steps=400, learning_rate=0.0052, batch_size=4, seed=2**53))
+    made = concept({name: given for name, (_, given) in sizes.items()}, **encoders, metadata={
+        "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "SD15/perfusion",
+        "modelspec.base_model": "SD15", "modelspec.title": "mine",
+        "concepts.training": json.dumps(recipe | {"photos": 5, "side": 512, "steps_done": 400}, sort_keys=True),
+    })
+    one = replace(made, words=(Word("<mine>", "cat", {name: v[:1] for name, v in made.words[0].vectors.items()}),))
+    data = to_bytes(one)
+    assert len(sizes) == count and {taken for taken, _ in sizes.values()} == {config["context_dim"]}
+    assert sum(tensor.nbytes for tensor in parts(data)[1].values()) <= numbers
+    assert len(data) <= largest
+    check_fits(from_bytes(data, "file"), sizes)
+
+
+def test_taken_names_are_kept(tmp_path):
+    names = [save(concept(), tmp_path, "people/anna").name for _ in range(2)]
+    assert names == ["anna.safetensors", "anna_2.safetensors"]
+    before = (tmp_path / "people/anna.safetensors").read_bytes()
+    save(concept(placeholder="<other>"), tmp_path, "people/anna", overwrite=True)
+    assert (tmp_path / "people/anna.safetensors").read_bytes() != before
+    with pytest.raises(ValueError, match="cannot name"):
+        save(concept(), tmp_path, "../anna")
+
+
+@pytest.mark.parametrize(("metadata", "complaint"), [
+    ({"concepts.method": None}, "is not a Perfusion concept"),
+    ({"concepts.method": "e4t"}, "is not a Perfusion concept"),
+    ({"concepts.format": "2"}, "format '2' and this version of the pack reads 1; update ComfyUI-Concepts"),
+    ({"concepts.format": "one"}, "format 'one' .*it is damaged"),
+    ({"concepts.format": None}, "format '' .*it is damaged"),
+    ({"concepts.placeholder": None}, "its placeholder is ''"),
+    ({"concepts.placeholder": "a b"}, "its placeholder is 'a b'"),
+    ({"concepts.presence": None}, "its presence is ''"),
+    ({"concepts.presence": "nan"}, "its presence is 'nan'"),
+    ({"concepts.presence": "1e9"}, "its presence is '1e9'"),
+])
+def test_a_header_that_does_not_fit(metadata, complaint):
+    with pytest.raises(ValueError, match=f"odd.safetensors .*{complaint}") as error:
+        from_bytes(rewritten(metadata), "odd.safetensors")
+    assert one_sentence(error.value)
+
+
+LAYER = next(iter(LAYERS))
+
+
+@pytest.mark.parametrize(("tensors", "complaint"), [
+    ({"target_input": None}, "lacks the tensor 'target_input'"),
+    ({"super_input": None}, "lacks the tensor 'super_input'"),
+    ({"word.clip_l": None}, "holds no word"),
+    ({f"values.{layer}": None for layer in LAYERS}, "holds no values"),
+    ({"extra": torch.ones(3).half()}, "holds a tensor 'extra'"),
+    ({"word.t5": torch.ones(1, 3).half()}, "holds a tensor 'word.t5'"),
+    ({"values.": torch.ones(3).half()}, "holds a tensor 'values.'"),
+    ({"values.a\nb": torch.ones(3).half()}, r"holds a tensor 'values.a\\nb'"),
+    ({"target_input": torch.zeros(32).half()}, "target_input is zero"),
+    ({"target_input": torch.ones(31).half()}, "target_input has 31 numbers, its super_input 32"),
+    ({"target_input": torch.ones(1, 32).half()}, r"'target_input' is float16 of the shape \(1, 32\)"),
+    ({"target_input": torch.ones(32).long()}, "'target_input' is int64"),
+    ({"target_input": torch.ones(32).double()}, "'target_input' is float64"),
+    ({"super_input": torch.full((32,), float("nan"))}, "'super_input' holds values that are not finite"),
+    ({f"values.{LAYER}": torch.full((8,), float("inf"))}, f"'values.{LAYER}' holds values that are not finite"),
+    ({f"values.{LAYER}": torch.ones(0).half()}, r"of the shape \(0,\)"),
+    ({f"values.{LAYER}": torch.ones(7).half()}, f"'keys.{LAYER}' has no values of its size"),
+    ({"keys.other": torch.ones(8).half()}, "'keys.other' has no values of its size"),
+    ({"word.clip_l": torch.ones(32).half()}, r"'word.clip_l' is float16 of the shape \(32,\)"),
+    ({"word.clip_l": torch.ones(1, 31).half()}, r"clip_l \(1, 31\) does not go with 32 numbers"),
+    ({"word.clip_l": torch.ones(76, 32).half()}, r"clip_l \(76, 32\) does not go with"),
+    ({"word.clip_l": torch.ones(1, 16).half(), "word.clip_g": torch.ones(2, 16).half()},
+     r"clip_g \(2, 16\), clip_l \(1, 16\) does not go with"),
+])
+def test_tensors_that_do_not_fit(tensors, complaint):
+    with pytest.raises(ValueError, match=f"odd.safetensors .*{complaint}") as error:
+        from_bytes(rewritten(tensors=tensors), "odd.safetensors")
+    assert one_sentence(error.value)
+
+
+@pytest.mark.parametrize("pattern", [r'"target_input":\{.*?\}', r'"__metadata__":\{.*?\}'])
+def test_a_name_twice(pattern):
+    data = to_bytes(concept(metadata={}))
+    (size,) = struct.unpack("<Q", data[:8])
+    header = data[8:8 + size].decode().rstrip()
+    header = f"{header[:-1]},{re.search(pattern, header)[0]}}}".encode()
+    with pytest.raises(ValueError, match="twice.safetensors is not a readable") as error:
+        from_bytes(struct.pack("<Q", len(header)) + header + data[8 + size:], "twice.safetensors")
+    assert one_sentence(error.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 7, b"\0" * 64, b"\xff" * 64, b"\x80\x04.", b"PK\3\4" * 20,
+                                  struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 21) + b'{"__metadata__": null}',
+                                  struct.pack("<Q", 200_000) + b"[" * 200_000])
+def test_other_files(tmp_path, data):
+    (tmp_path / "other.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="other.safetensors is not a") as error:
+        load(tmp_path / "other.safetensors")
+    assert one_sentence(error.value)
+
+
+def test_files_that_are_words_gone_or_huge(tmp_path):
+    word = word_file.save(Concept(concept().words), tmp_path, "word")
+    with pytest.raises(ValueError, match="word.safetensors is not a Perfusion concept"):
+        load(word)
+    with pytest.raises(ValueError, match="gone.safetensors is not a readable .*No such file"):
+        load(tmp_path / "gone.safetensors")
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(LARGEST * 20)
+    with pytest.raises(ValueError, match="model.safetensors is not a concept: it is 160 MB large"):
+        load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("changed", [
+    {"target_input": torch.full((32,), 1e6)}, {"target_input": torch.full((32,), 1e-12)},
+    {"values": {LAYER: torch.full((8,), float("nan"))}}, {"presence": float("nan")},
+])
+def test_what_could_not_be_read_again_is_not_written(tmp_path, changed):
+    made = concept()
+    with pytest.raises(ValueError, match="<mine> is damaged") as error:
+        save(replace(made, edit=replace(made.edit, **changed)), tmp_path, "a")
+    assert one_sentence(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("other", [replace(concept(), edit=None), replace(concept(), words=concept().words * 2)])
+def test_other_kinds_of_concepts(other):
+    with pytest.raises(ValueError, match="A concept file holds one word and its edit"):
+        to_bytes(other)
+
+
+def damaged(rng, good):
+    """Bytes of a file with one to three of the accidents that files and people have."""
+    data = bytearray(good)
+    for _ in range(rng.randint(1, 3)):
+        head = 8 + struct.unpack("<Q", good[:8])[0]
+        place = rng.randrange(rng.choice((8, head, max(len(data), 1)))) if data else 0
+        accident = rng.randrange(6)
+        if accident == 0:
+            data[place:place + 1] = bytes([rng.randrange(256)])
+        elif accident == 1:
+            del data[place:]
+        elif accident == 2:
+            data[place:place] = bytes(rng.randrange(256) for _ in range(rng.randint(1, 9)))
+        elif accident == 3:
+            del data[place:place + rng.randint(1, 40)]
+        elif accident == 4:
+            word = rng.choice((b"F16", b"F32", b"I64", b"BOOL", b"F8_E4M3", b"word", b"values", b"keys", b"[8]",
+                               b"null", b"target_input", b"super_input", b"perfusion", b"<mine>", b"0.6123", b'"1"',
+                               b"{", b"}"))
+            other = rng.choice((b"F16", b"U16", b"BF16", b"F4", b"", b"values", b"[4,2]", b"[-1]", b"null", b"\\u0000",
+                                b"1e999", b"[8]", b"{}", b"[]", b'"2"', b"\n"))
+            data = data.replace(word, other, rng.choice((1, -1)))
+        else:
+            data[place:place + 9] = data[max(0, place - 50):max(0, place - 50) + rng.randint(1, 60)]
+    return bytes(data)
+
+
+def test_ten_thousand_damaged_files_load_or_say_why_not():
+    rng, good, loaded = random.Random(0), to_bytes(concept(keys=[LAYER], metadata={})), 0
+    for number in range(10_000):
+        try:
+            read = from_bytes(damaged(rng, good), "damaged.safetensors")
+        except ValueError as error:
+            assert one_sentence(error) and str(error).startswith("damaged.safetensors "), (number, error)
+        else:
+            loaded += 1
+            assert to_bytes(read) and read.edit.target_input.any()
+    assert 100 < loaded < 5000  # what only touched numbers or harmless text
+
+
+def test_fits_its_base_and_no_other():
+    made, sizes = concept(), {layer: (32, size) for layer, size in LAYERS.items()}
+    check_fits(made, sizes)
+    first, *rest = sizes
+    for other, complaint in (
+        ({layer: sizes[layer] for layer in rest}, f"this model has no layer {first}: load a checkpoint of that base"),
+        (sizes | {"more": (32, 8)}, "this model also has a layer more: load a checkpoint of that base"),
+        (sizes | {first: (32, 9)}, f"has 32 × 9 numbers in {first} where the concept has 32 × 8"),
+        ({layer: (40, size) for layer, (_, size) in sizes.items()}, f"has 40 × 8 numbers in {first}"),
+    ):
+        with pytest.raises(ValueError, match=f"<mine> was learned on SD15; .*{complaint}") as error:
+            check_fits(made, other)
+        assert one_sentence(error.value)
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """Empty folders for embeddings and concepts."""
+    for kind in ("embeddings", "concepts"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"}))
+        folder_paths.filename_list_cache.pop(kind, None)
+    yield tmp_path
+    for kind in ("embeddings", "concepts"):
+        folder_paths.filename_list_cache.pop(kind, None)
+
+
+def listed():
+    for kind in ("embeddings", "concepts"):
+        folder_paths.filename_list_cache.pop(kind, None)
+    return next(widget.options for widget in ConceptsLoad.GET_SCHEMA().inputs if widget.id == "name")
+
+
+def test_nodes_save_and_load_both_kinds(models):
+    for made, text in ((concept(), "<mine>"), (Concept(concept().words), "embedding:mine")):
+        output = ConceptsSave.execute(concept=made, name="mine", overwrite=False)
+        assert output.result == (text,) and text in output.ui.as_dict()["text"][0]
+    output = ConceptsSave.execute(concept=concept(), name="people/anna", overwrite=False)
+    shown = output.ui.as_dict()["text"][0]
+    assert "concepts/people/anna.safetensors in Load Concept" in shown and "Apply Concept" in shown
+    assert listed() == ["mine.safetensors", "concepts/mine.safetensors", "concepts/people/anna.safetensors"]
+    for name, has_edit in (("mine.safetensors", False), ("concepts/mine.safetensors", True),
+                           ("concepts/people/anna.safetensors", True)):
+        loaded, placeholder = ConceptsLoad.execute(name=name, placeholder="").result
+        assert placeholder == "<mine>" and (loaded.edit is not None) == has_edit
+        assert ConceptsLoad.fingerprint_inputs(name, "")
+    assert ConceptsLoad.execute(name="concepts/mine.safetensors", placeholder=" <x> ").result[1] == "<x>"
+    with pytest.raises(ValueError, match="no 'gone.safetensors' in models/concepts"):
+        ConceptsLoad.execute(name="concepts/gone.safetensors", placeholder="")
+    with pytest.raises(ValueError, match="layout 'diffusers' is for learned words, and <mine> is a Perfusion concept"):
+        ConceptsSave.execute(concept=concept(), name="mine", overwrite=False, layout="diffusers")
+
+
+def test_an_embedding_in_a_folder_called_concepts_keeps_its_name(models):
+    """Workflows saved before there were concept files may name it."""
+    word_file.save(Concept(concept(placeholder="<word>").words), models / "embeddings", "concepts/mine")
+    listed()
+    output = ConceptsSave.execute(concept=concept(placeholder="<edit>"), name="mine", overwrite=False)
+    assert listed() == ["concepts/mine.safetensors", "concepts//mine.safetensors"]
+    assert "choose concepts//mine.safetensors" in output.ui.as_dict()["text"][0]
+    for name, placeholder in zip(listed(), ("<word>", "<edit>"), strict=True):
+        assert ConceptsLoad.execute(name=name, placeholder="").result[1] == placeholder
+
+
+def test_the_folder_is_registered_once_and_behind_the_users_own(tmp_path, monkeypatch):
+    own = str(tmp_path / "own")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "concepts", ([own], set()))
+    folders.register()
+    folders.register()
+    paths, endings = folder_paths.folder_names_and_paths["concepts"]
+    assert len(paths) == 2 and endings == {".safetensors"}
+    assert folders.concepts_folder() == tmp_path / "own"
