@@ -318,8 +318,8 @@ def wait_until_ready(child: subprocess.Popen, url: str, log: Path, seconds: floa
 
 def check_pack(log: Path) -> None:
     """Raise what kept the host from importing this pack."""
-    before, failed, _ = read(log).partition("Cannot import")
-    if failed:
+    before, _, after = read(log).partition("Import times for custom nodes:")
+    if "(IMPORT FAILED)" in after:
         raise DevError(f"ComfyUI could not load this pack:\n{last_lines(before)}")
 
 

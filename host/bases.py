@@ -1,7 +1,10 @@
 """Which kinds of checkpoint the pack can train on."""
 
 from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy.supported_models import SD15, SD20, SDXL, LotusD, SD21UnclipH, SD21UnclipL
+
+from .text import widths
 
 TRAINABLE = (SD15, SD20, SDXL)
 OTHER_TASKS = (LotusD, SD21UnclipH, SD21UnclipL)
@@ -24,3 +27,11 @@ def base_name(model: ModelPatcher) -> str:
             "Learn on the checkpoint it was made from: the word works on both."
         )
     return type(config).__name__
+
+
+def check_pair(model: ModelPatcher, clip: CLIP) -> None:
+    """Raises ValueError for a CLIP whose encoders are not those that the model was trained with."""
+    wanted, given = model.model.model_config.unet_config["context_dim"], sum(widths(clip).values())
+    if given != wanted:
+        raise ValueError(f"This CLIP gives {given} numbers a token and the MODEL takes {wanted}; "
+                         "connect the CLIP of the same checkpoint.")

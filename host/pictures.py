@@ -9,6 +9,11 @@ from torch import Tensor
 from .text import encode
 
 
+def is_empty(vae: VAE) -> bool:
+    """Whether this is what the host makes of a file without a VAE."""
+    return vae.first_stage_model is None
+
+
 def vae_encode(vae: VAE, images: Tensor) -> Tensor:
     """Images (b h w 3) in 0..1 to the VAE's own latents (b c h w), fp32, ordinary tensors."""
     with torch.inference_mode(False), torch.no_grad():

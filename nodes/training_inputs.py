@@ -11,6 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from ..host.copies import memory_is_short
+from ..host.pictures import is_empty
 from ..host.text import is_ordinary_word
 from ..textual_inversion.templates import BY_KIND, sentences
 from ..textual_inversion.train import Keeping, Lesson, Preview, Recipe
@@ -20,6 +21,7 @@ from ..training.optimisers import OPTIMISERS, SCHEDULES
 from .sockets import Concept
 
 OWN = "own settings"
+LONGEST_PLACEHOLDER = 64  # it also names files
 _stopped: Counter[str] = Counter()
 
 
@@ -169,9 +171,12 @@ def outputs() -> list[io.Output]:
 def check_sockets(one: dict) -> None:
     """Raises ValueError for a checkpoint that came without a part, or a placeholder that its encoder knows."""
     for name, part in (("model", "diffusion model"), ("clip", "text encoder (CLIP)"), ("vae", "VAE")):
-        if one[name] is None:
+        if one[name] is None or name == "vae" and is_empty(one[name]):
             raise ValueError(f"This checkpoint file has no {part}; load one and connect it to {name!r}.")
     check_placeholder(one["placeholder"].strip())
+    if len(one["placeholder"].strip()) > LONGEST_PLACEHOLDER:
+        raise ValueError(f"The placeholder has {len(one['placeholder'].strip())} characters; "
+                         f"at most {LONGEST_PLACEHOLDER} can be used.")
     if is_ordinary_word(one["clip"], one["placeholder"].strip()):
         raise ValueError(
             f"{one['placeholder'].strip()!r} is a word the text encoder already knows; use one that is not, "

@@ -1,6 +1,7 @@
 """Learned words as embedding files: read in every layout, written so that programs without this pack read them."""
 
 import json
+import os
 import re
 import struct
 from pathlib import Path
@@ -122,7 +123,7 @@ def checked_name(name: str) -> str:
 def free_path(folder: Path, name: str, ending: str, overwrite: bool) -> Path:
     """Where to write a file of this name: one that is taken gets a counter unless `overwrite`."""
     path, number = folder / f"{name}{ending}", 2
-    while path.exists() and not overwrite:
+    while os.path.exists(path) and not overwrite:  # False where the disk refuses to say
         path, number = folder / f"{name}_{number}{ending}", number + 1
     return path
 

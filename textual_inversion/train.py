@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..host.bases import base_name
+from ..host.bases import base_name, check_pair
 from ..host.clip_overlay import with_words
 from ..host.copies import fingerprint, private_copies, settle
 from ..host.folders import states_folder, unfinished_folder
@@ -197,6 +197,7 @@ def learn_word(
     Raises ValueError with one sentence for input it cannot learn from, and Diverged when the loss is lost.
     """
     base = base_name(model)
+    check_pair(model, clip)
     side = working_side(photos, recipe.resolution, LARGEST_SIDE)
     views = squares(photos, side, recipe.crops, recipe.mirror, recipe.seed)
     lessons = cache(lambda pictures: model.model.process_latent_in(vae_encode(vae, pictures)), views, len(photos),
@@ -214,13 +215,13 @@ def learn_word(
             losses = train(method, lessons.latents, plan, watcher, states)
         except Diverged as error:
             kept = _keep(method, _concept(method, base, watcher, error.losses, shown), len(error.losses))
-            raise Diverged(f"{error} What was learned before is kept in {kept}.", error.losses) from error
+            raise Diverged(f"{error} What was learned before is {kept}.", error.losses) from error
         if len(losses) < recipe.steps:
             try:
                 watcher.sample(f"stopped at step {len(losses)}")
             finally:  # also when Cancel is pressed a second time
                 kept = _keep(method, _concept(method, base, watcher, losses, shown), len(losses))
-                log.info("Training stopped after %d of %d steps; kept in %s", len(losses), recipe.steps, kept)
+                log.info("Training stopped after %d of %d steps; the word is %s", len(losses), recipe.steps, kept)
         concept = _concept(method, base, watcher, losses, shown)
     return Lesson(concept, losses, _sheet(shown, watcher, losses))
 
@@ -257,8 +258,13 @@ def _concept(method: WordMethod, base: str, watcher: Watcher, losses: list[float
     })
 
 
-def _keep(method: WordMethod, concept: Concept, steps: int) -> Path:
-    return method.keep(concept, f"{concept.words[0].placeholder.strip('<>')}-step{steps}")
+def _keep(method: WordMethod, concept: Concept, steps: int) -> str:
+    """Keeps what was learned in a file, and says where or why not; a full disk costs only the file."""
+    name = f"{concept.words[0].placeholder.strip('<>')}-step{steps}"
+    try:
+        return f"kept in {method.keep(concept, name)}"
+    except ValueError as error:
+        return f"not kept: {str(error).removesuffix('.')}"
 
 
 def _sheet(photos: Sequence[Photo], watcher: Watcher, losses: list[float]) -> Image.Image:
