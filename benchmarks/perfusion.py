@@ -9,6 +9,7 @@ Settings are chosen with `--split validation`; what is reported comes from `--sp
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,8 @@ def learn(base, name: str, seed: int, photos: int = 4, masked: bool = True, **ch
     pictures, masks = concept_photos(name, photos, PHOTOS_SEED + seed)
     kind, clip = super_category(name), base[1]
     recipe = EditRecipe(**{"placeholder": "<mine>", "init_text": kind, "seed": seed, "momentum": MOMENTUM,
-                           "sentences": OBJECT + PLACES, "mask_floor": 0.02, **pace_of("balanced", clip, kind), **changes})
+                           "sentences": OBJECT + PLACES, "mask_floor": 0.02,
+                           **pace_of("balanced", clip, kind), **changes})
     method = partial(EditMethod, precision(clip), encoder_fingerprint(clip))
     given = gather([torch.from_numpy(pictures)], [torch.from_numpy(masks)] if masked else [])
     return learn_word(*base, given, recipe, Preview(every=0, steps=1), method_of=method).concept
@@ -65,28 +67,39 @@ def pictures_of(base, concept: Concept, seed: int, cfg: float, **settings) -> Te
 
 
 def single(name: str, split: str, seeds: int, cfg: float, variants: dict[str, dict]) -> list[tuple]:
-    """(label, bias, ID, TXT, seed, name) of every set of scenes of one concept."""
+    """(label, bias, ID, TXT, seed, name) of every set of scenes of one concept; what was measured before is kept."""
     torch.set_num_threads(1)
     oracle, base = load(), load_checkpoint()
+    rows = []
+    for seed in range(seeds):
+        settings = json.dumps([name, seed, cfg, variants, BIASES, PAIRED])
+        path = work("concepts") / f"{stem(name, seed, 'rows')}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.json"
+        if not path.exists():
+            path.write_text(json.dumps(one_seed(oracle, base, name, seed, cfg, variants)))
+        rows += [tuple(row) for row in json.loads(path.read_text())]
+    return rows
+
+
+def one_seed(oracle, base, name: str, seed: int, cfg: float, variants: dict[str, dict]) -> list[tuple]:
+    """The same for one seed."""
     kind = super_category(name)
     real = torch.from_numpy(concept_photos(name, 24, REAL_SEED)[0])
     found = []
 
-    def note(label: str, bias: float, images: Tensor, seed: int) -> None:
+    def note(label: str, bias: float, images: Tensor) -> None:
         found.append((label, bias, *judge(oracle, images, kind, real), seed, name))
         print(f"{name}, seed {seed}, {label} {bias}: ID {found[-1][2]:.3f} TXT {found[-1][3]:.3f}", flush=True)
 
-    for seed in range(seeds):
-        for label, changes in variants.items():
-            concept = learn(base, name, seed, **changes)
-            file.save(concept, work("concepts"), stem(name, seed, label), overwrite=True)
-            for bias in PAIRED if changes.get("train_keys") else BIASES:
-                note(label, bias, pictures_of(base, concept, seed, cfg, bias=bias), seed)
-        note("class word", 0, textual_inversion.pictures_of(base, kind, seed, cfg), seed)
-        word = textual_inversion.learn(base, name, seed)
-        word_file.save(word, work("concepts"), stem(name, seed, "word"), overwrite=True)
-        for strength in (0.75, 1.0):
-            note("textual inversion", strength, word_pictures(base, word, seed, cfg, strength), seed)
+    for label, changes in variants.items():
+        concept = learn(base, name, seed, **changes)
+        file.save(concept, work("concepts"), stem(name, seed, label), overwrite=True)
+        for bias in PAIRED if changes.get("train_keys") else BIASES:
+            note(label, bias, pictures_of(base, concept, seed, cfg, bias=bias))
+    note("class word", 0, textual_inversion.pictures_of(base, kind, seed, cfg))
+    word = textual_inversion.learn(base, name, seed)
+    word_file.save(word, work("concepts"), stem(name, seed, "word"), overwrite=True)
+    for strength in (0.75, 1.0):
+        note("textual inversion", strength, word_pictures(base, word, seed, cfg, strength))
     return found
 
 

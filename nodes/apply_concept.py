@@ -55,7 +55,8 @@ class ConceptsApplyStack(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        each = io.Autogrow.TemplatePrefix(Concept.Input("concept"), prefix="concept", min=1, max=16)
+        each = io.Autogrow.TemplatePrefix(Concept.Input("concept", tooltip="A concept to apply."), prefix="concept",
+                                           min=1, max=16)
         return io.Schema(
             node_id="ConceptsApplyStack",
             display_name="Apply Concepts",

@@ -56,6 +56,6 @@ def change(components: Tensor, gates: Tensor, inputs: Tensor, outputs: Tensor) -
 
 
 def rank_one(weight: Tensor, target_input: Tensor, output: Tensor, dual: Tensor) -> Tensor:
-    """The ungated edit as a change of the weight (d_l d), as in ROME: (o* - W i) (C⁻¹ i)ᵀ / <i, i>; so (W + Δ) i = o*."""
+    """The ungated edit as a change Δ of the weight (d_l d), as in ROME: (o* - W i) (C⁻¹ i)ᵀ / <i, i>."""
     residual = output - weight @ target_input
     return torch.outer(residual, dual.to(weight)) / (target_input @ dual.to(target_input))

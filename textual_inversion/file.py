@@ -116,7 +116,7 @@ def checked_name(name: str) -> str:
     name = name.strip()
     name = next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
     if not NAME.fullmatch(name) or any(part.startswith(".") for part in name.split("/")):
-        raise ValueError(f"{name!r} cannot name an embedding: use letters, digits, - and _, and / for a subfolder.")
+        raise ValueError(f"{name!r} cannot name a file: use letters, digits, - and _, and / for a subfolder.")
     return name
 
 

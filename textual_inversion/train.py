@@ -28,7 +28,7 @@ from ..training.loop import Diverged, Plan, train
 from ..training.states import States
 from .concept import Concept, Word
 from .file import save
-from .templates import OBJECT, fill, sentence_of
+from .templates import BY_KIND, OBJECT, fill, sentence_of
 from .word import spread, with_norm
 
 LARGEST_SIDE = 512
@@ -246,16 +246,29 @@ def _states(keeping: Keeping, recipe: Recipe, lessons: Lessons, weights: str) ->
 
 def _concept(method: WordMethod, base: str, watcher: Watcher, losses: list[float],
              photos: Sequence[Photo]) -> Concept:
-    side = photos[0].picture.shape[0]
-    recipe = asdict(method.recipe) | {"photos": len(photos), "side": side, "steps_done": len(losses)}
     return method.concept({
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{base}/{method.architecture}",
         "modelspec.base_model": base,
-        "modelspec.title": recipe["placeholder"].strip("<>"),
+        "modelspec.title": method.recipe.placeholder.strip("<>"),
         "ssmd_cover_images": json.dumps([preview.cover(watcher.samples[-1][1])]),
-        "concepts.training": json.dumps(recipe, sort_keys=True),
+        "concepts.training": record(method.recipe, len(photos), photos[0].picture.shape[0], len(losses)),
     })
+
+
+def record(recipe: Recipe, photos: int, side: int, steps_done: int) -> str:
+    """How a concept was learned, as short JSON: the recipe, with the sentences by the name of their kind.
+
+    What is 0 or off is left out, as are a single vector, no accumulation, and placeholder and init text, which files
+    name themselves.
+    """
+    kinds = {sentences: kind for kind, sentences in BY_KIND.items()}
+    settings = asdict(recipe) | {"sentences": kinds.get(tuple(recipe.sentences), recipe.sentences)}
+    for name in ("placeholder", "init_text", *(name for name in ("vectors", "accumulation") if settings[name] == 1)):
+        del settings[name]
+    said = {name: value for name, value in settings.items() if value or name == "seed"}
+    return json.dumps(said | {"photos": photos, "side": side, "steps_done": steps_done}, sort_keys=True,
+                      separators=(",", ":"))
 
 
 def _keep(method: WordMethod, concept: Concept, steps: int) -> str:

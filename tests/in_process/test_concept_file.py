@@ -4,7 +4,7 @@ import json
 import random
 import re
 import struct
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import comfy.ops
 import comfy.utils
@@ -17,11 +17,23 @@ from concepts_pack.host import folders
 from concepts_pack.host.cross_attention import cross_attentions
 from concepts_pack.nodes.concept_files import ConceptsLoad, ConceptsSave
 from concepts_pack.perfusion.concept import Edit
-from concepts_pack.perfusion.file import LARGEST, check_fits, from_bytes, load, save, to_bytes
+from concepts_pack.perfusion.file import (
+    LARGEST,
+    MOST_LAYERS,
+    check_fits,
+    from_bytes,
+    layer_sizes,
+    layers_text,
+    load,
+    save,
+    to_bytes,
+)
 from concepts_pack.perfusion.train import EditRecipe
 from concepts_pack.textual_inversion import file as word_file
 from concepts_pack.textual_inversion.concept import Concept, Word
 from concepts_pack.textual_inversion.file import with_metadata
+from concepts_pack.textual_inversion.templates import BY_KIND
+from concepts_pack.textual_inversion.train import record
 
 SD15 = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2, 2],
@@ -74,7 +86,7 @@ def one_sentence(error):
     return "\n" not in str(error) and str(error).endswith(".") and len(str(error)) < 400
 
 
-@pytest.mark.parametrize("keys", [(), tuple(LAYERS)])
+@pytest.mark.parametrize("keys", [(), tuple(LAYERS), tuple(LAYERS)[1:], tuple(LAYERS)[::-1]])
 def test_save_load_save_is_byte_equal(tmp_path, keys):
     first = save(concept(keys=keys), tmp_path, "a")
     second = save(load(first), tmp_path, "b")
@@ -82,7 +94,7 @@ def test_save_load_save_is_byte_equal(tmp_path, keys):
     loaded, (word,) = load(first), load(first).words
     assert (word.placeholder, word.class_word) == ("<mine>", "cat")
     assert (loaded.edit.presence, loaded.edit.encoder) == (0.6123, "0123456789abcdef")
-    assert loaded.edit.values.keys() == LAYERS.keys() and loaded.edit.keys.keys() == set(keys)
+    assert list(loaded.edit.values) == list(LAYERS) and tuple(loaded.edit.keys) == keys
     made = concept(keys=keys)
     pairs = [(loaded.edit.target_input, made.edit.target_input), (loaded.edit.super_input, made.edit.super_input),
              (word.vectors["clip_l"], made.words[0].vectors["clip_l"]),
@@ -102,9 +114,9 @@ def test_what_is_loaded_is_its_own_and_can_be_trained(tmp_path):
 
 def test_names_and_header(tmp_path):
     metadata, tensors = parts(to_bytes(concept(keys=[next(iter(LAYERS))], clip_l=32, clip_g=48)))
-    layer = next(iter(LAYERS))
-    assert tensors.keys() == {"word.clip_l", "word.clip_g", "target_input", "super_input", f"keys.{layer}",
-                              *(f"values.{name}" for name in LAYERS)}
+    assert tensors.keys() == {"word.clip_l", "word.clip_g", "inputs", "values", "keys"}
+    assert metadata["concepts.layers"] == "input_blocks.1.1/0:8 middle_block.1/0:16 output_blocks.1.1/0"
+    assert metadata["concepts.key_layers"] == "input_blocks.1.1/0:8"
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     assert list(metadata) == sorted(metadata)
     assert (metadata["concepts.format"], metadata["concepts.method"]) == ("1", "perfusion")
@@ -112,26 +124,71 @@ def test_names_and_header(tmp_path):
     assert json.loads(read["trained_words"]) == ["<mine>"] and json.loads(read["ssmd_cover_images"]) == ["aGk="]
 
 
+def test_keys_of_the_same_layers_are_named_once():
+    metadata, _ = parts(to_bytes(concept(keys=tuple(LAYERS), metadata={"concepts.key_layers": "old:3"})))
+    assert "concepts.key_layers" not in metadata
+
+
+@pytest.mark.parametrize(("sizes", "text"), [
+    ({"a.1.transformer_blocks.0": 8, "a.2.transformer_blocks.0": 8, "a.2.transformer_blocks.1": 9,
+      "b.1.transformer_blocks.1": 9}, "a.1/0:8 .2 .2/1:9 b.1/1"),
+    ({"a.transformer_blocks.0": 8, "a.b.transformer_blocks.0": 8, "a.transformer_blocks.1": 8}, "a/0:8 .b a/1"),
+    ({"a.1.transformer_blocks.0": 8, "a.2": 8, "a.3.transformer_blocks.0": 8, "transformer_blocks.0": 7},
+     "a.1/0:8 a.2 a.3/0 transformer_blocks.0:7"),
+    ({"a.transformer_blocks.0.transformer_blocks.00": 8, "a.transformer_blocks.0.b": 8, "a.transformer_blocks.x": 8},
+     "a.transformer_blocks.0/00:8 a.transformer_blocks.0.b a.transformer_blocks.x"),
+    ({"a.b.transformer_blocks.0": 8, "a.b.transformer_blocks.12345": 8, "a.c.transformer_blocks.0": 8},
+     "a.b/0:8 a.b.transformer_blocks.12345 a.c/0"),
+])
+def test_layers_are_named_shortly_and_without_loss(sizes, text):
+    assert layers_text(sizes) == text
+    assert list(layer_sizes(text).items()) == list(sizes.items())
+
+
+def test_any_layers_come_back():
+    rng = random.Random(0)
+    for _ in range(2000):
+        pieces = [rng.choice(("a", "b", "0", "1", "transformer_blocks", "transformer_blocks.0")) for _ in range(60)]
+        names = {".".join(pieces[start:start + rng.randint(1, 4)]) for start in range(0, 60, 4)}
+        sizes = {name: rng.choice((8, 16)) for name in rng.sample(sorted(names), len(names))}
+        assert list(layer_sizes(layers_text(sizes)).items()) == list(sizes.items())
+
+
+def test_the_record_names_the_kind_of_sentences():
+    recipe = EditRecipe("<mine>", "cat", steps=4, learning_rate=0.1, batch_size=2, seed=0, mirror=True)
+    for kind, sentences in BY_KIND.items():
+        assert json.loads(record(replace(recipe, sentences=sentences), 3, 64, 2))["sentences"] == kind
+    read = json.loads(record(replace(recipe, sentences=("my {}",), vectors=2), 3, 64, 2))
+    assert read == {
+        "sentences": ["my {}"], "steps": 4, "learning_rate": 0.1, "batch_size": 2, "seed": 0, "mirror": True,
+        "vectors": 2, "optimiser": "AdamW", "schedule": "cosine", "mask_floor": 0.1, "value_rate": 0.03,
+        "momentum": 0.99, "bias": recipe.bias, "temperature": recipe.temperature, "own_masks": True,
+        "photos": 3, "side": 64, "steps_done": 2,
+    }
+
+
 @pytest.mark.parametrize(("config", "count", "encoders", "numbers", "largest"), [
-    (SD15, 16, {"clip_l": 768}, 30_000, 33_000),
-    (SDXL, 70, {"clip_l": 768, "clip_g": 1280}, 180_000, 188_000),
+    (SD15, 16, {"clip_l": 768}, 29_568, 30 * 1024),
+    (SDXL, 70, {"clip_l": 768, "clip_g": 1280}, 178_688, 180 * 1024),
 ])
 def test_size_on_the_true_layers(config, count, encoders, numbers, largest):
     """What is learned, and the whole file with the record of its training and without its cover."""
     unet = UNetModel(**config, device="meta", operations=comfy.ops.disable_weight_init)
     sizes = {name: (attention.to_v.in_features, attention.to_v.out_features)
              for name, attention in cross_attentions(unet).items()}
-    recipe = asdict(EditRecipe("<mine>", "cat", steps=400, learning_rate=0.0052, batch_size=4, seed=2**53))
+    recipe = EditRecipe("<mine>", "cat", steps=400, learning_rate=0.037623128347396851, batch_size=4, seed=2**53,
+                        sentences=BY_KIND["object in places"], mask_floor=0.02, value_rate=0.3, relative_values=True,
+                        momentum=0.9)
     made = concept({name: given for name, (_, given) in sizes.items()}, **encoders, metadata={
         "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "SD15/perfusion",
         "modelspec.base_model": "SD15", "modelspec.title": "mine",
-        "concepts.training": json.dumps(recipe | {"photos": 5, "side": 512, "steps_done": 400}, sort_keys=True),
+        "concepts.training": record(recipe, 5, 512, 400),
     })
     one = replace(made, words=(Word("<mine>", "cat", {name: v[:1] for name, v in made.words[0].vectors.items()}),))
     data = to_bytes(one)
     assert len(sizes) == count and {taken for taken, _ in sizes.values()} == {config["context_dim"]}
-    assert sum(tensor.nbytes for tensor in parts(data)[1].values()) <= numbers
-    assert len(data) <= largest
+    assert sum(tensor.nbytes for tensor in parts(data)[1].values()) == numbers
+    assert len(data) <= largest, len(data)
     check_fits(from_bytes(data, "file"), sizes)
 
 
@@ -156,6 +213,25 @@ def test_taken_names_are_kept(tmp_path):
     ({"concepts.presence": None}, "its presence is ''"),
     ({"concepts.presence": "nan"}, "its presence is 'nan'"),
     ({"concepts.presence": "1e9"}, "its presence is '1e9'"),
+    ({"concepts.layers": None}, "its concepts.layers name '', which is no layer with a size"),
+    ({"concepts.layers": "a"}, "its concepts.layers name 'a', which is no layer"),
+    ({"concepts.layers": ".a:40"}, "its concepts.layers name '.a:40', which is no layer"),
+    ({"concepts.layers": "a:8 .b:32"}, "its concepts.layers name '.b:32', which is no layer"),
+    ({"concepts.layers": "a:0"}, "its concepts.layers name 'a:0', which is no layer"),
+    ({"concepts.layers": "a/0:-8"}, "its concepts.layers name 'a/0:-8', which is no layer"),
+    ({"concepts.layers": "a/0:8 /1:32"}, "its concepts.layers name '/1:32', which is no layer"),
+    ({"concepts.layers": "a/0:8  b:32"}, "its concepts.layers name '', which is no layer"),
+    ({"concepts.layers": "a\n:40"}, r"its concepts.layers name 'a\\n:40', which is no layer"),
+    ({"concepts.layers": "a" * 300 + ":40"}, "its concepts.layers name 'a{30}', which is no layer"),
+    ({"concepts.layers": "a.b/0:8 .b:32"}, r"its concepts.layers name a.b.transformer_blocks.0 twice"),
+    ({"concepts.layers": "a:8 a.transformer_blocks.0 a/0"}, r"its concepts.layers name a.transformer_blocks.0 twice"),
+    ({"concepts.layers": "a:41"}, "its concepts.layers take 41 numbers and 'values' has 40"),
+    ({"concepts.layers": "a:999999"}, "its concepts.layers take 999999 numbers and 'values' has 40"),
+    ({"concepts.layers": " ".join(["a:1"] * (MOST_LAYERS + 1))}, "name 1001 layers, more than 1000"),
+    ({"concepts.key_layers": "input_blocks.1.1/0:9"}, "its concepts.key_layers take 9 numbers and 'keys' has 8"),
+    ({"concepts.key_layers": "other:8"}, "its keys of other have no values of their size"),
+    ({"concepts.key_layers": "middle_block.1/0:8"}, "keys of middle_block.1.transformer_blocks.0 have no values of"),
+    ({"concepts.key_layers": None}, "its concepts.layers take 40 numbers and 'keys' has 8"),
 ])
 def test_a_header_that_does_not_fit(metadata, complaint):
     with pytest.raises(ValueError, match=f"odd.safetensors .*{complaint}") as error:
@@ -167,24 +243,27 @@ LAYER = next(iter(LAYERS))
 
 
 @pytest.mark.parametrize(("tensors", "complaint"), [
-    ({"target_input": None}, "lacks the tensor 'target_input'"),
-    ({"super_input": None}, "lacks the tensor 'super_input'"),
+    ({"inputs": None}, "lacks the tensor 'inputs'"),
+    ({"values": None}, "lacks the tensor 'values'"),
+    ({"keys": None}, "lacks the tensor 'keys'"),
     ({"word.clip_l": None}, "holds no word"),
-    ({f"values.{layer}": None for layer in LAYERS}, "holds no values"),
     ({"extra": torch.ones(3).half()}, "holds a tensor 'extra'"),
     ({"word.t5": torch.ones(1, 3).half()}, "holds a tensor 'word.t5'"),
-    ({"values.": torch.ones(3).half()}, "holds a tensor 'values.'"),
-    ({"values.a\nb": torch.ones(3).half()}, r"holds a tensor 'values.a\\nb'"),
-    ({"target_input": torch.zeros(32).half()}, "target_input is zero"),
-    ({"target_input": torch.ones(31).half()}, "target_input has 31 numbers, its super_input 32"),
-    ({"target_input": torch.ones(1, 32).half()}, r"'target_input' is float16 of the shape \(1, 32\)"),
-    ({"target_input": torch.ones(32).long()}, "'target_input' is int64"),
-    ({"target_input": torch.ones(32).double()}, "'target_input' is float64"),
-    ({"super_input": torch.full((32,), float("nan"))}, "'super_input' holds values that are not finite"),
-    ({f"values.{LAYER}": torch.full((8,), float("inf"))}, f"'values.{LAYER}' holds values that are not finite"),
-    ({f"values.{LAYER}": torch.ones(0).half()}, r"of the shape \(0,\)"),
-    ({f"values.{LAYER}": torch.ones(7).half()}, f"'keys.{LAYER}' has no values of its size"),
-    ({"keys.other": torch.ones(8).half()}, "'keys.other' has no values of its size"),
+    ({"values.a": torch.ones(3).half()}, "holds a tensor 'values.a'"),
+    ({"values\n": torch.ones(3).half()}, r"holds a tensor 'values\\n'"),
+    ({"inputs": torch.tensor([[0.0] * 32, [1.0] * 32]).half()}, "target_input is zero"),
+    ({"inputs": torch.ones(32).half()}, r"'inputs' is float16 of the shape \(32,\)"),
+    ({"inputs": torch.ones(1, 32).half()}, r"'inputs' is float16 of the shape \(1, 32\)"),
+    ({"inputs": torch.ones(3, 32).half()}, r"'inputs' is float16 of the shape \(3, 32\)"),
+    ({"inputs": torch.ones(2, 31).half()}, r"clip_l \(2, 32\) does not go with 31 numbers"),
+    ({"inputs": torch.ones(2, 32).long()}, "'inputs' is int64"),
+    ({"inputs": torch.ones(2, 32).double()}, "'inputs' is float64"),
+    ({"inputs": torch.full((2, 32), float("nan"))}, "'inputs' holds values that are not finite"),
+    ({"values": torch.full((40,), float("inf"))}, "'values' holds values that are not finite"),
+    ({"values": torch.ones(0).half()}, r"'values' is float16 of the shape \(0,\)"),
+    ({"values": torch.ones(1, 40).half()}, r"'values' is float16 of the shape \(1, 40\)"),
+    ({"values": torch.ones(39).half()}, "its concepts.layers take 40 numbers and 'values' has 39"),
+    ({"keys": torch.ones(16).half()}, "its concepts.key_layers take 8 numbers and 'keys' has 16"),
     ({"word.clip_l": torch.ones(32).half()}, r"'word.clip_l' is float16 of the shape \(32,\)"),
     ({"word.clip_l": torch.ones(1, 31).half()}, r"clip_l \(1, 31\) does not go with 32 numbers"),
     ({"word.clip_l": torch.ones(76, 32).half()}, r"clip_l \(76, 32\) does not go with"),
@@ -197,7 +276,7 @@ def test_tensors_that_do_not_fit(tensors, complaint):
     assert one_sentence(error.value)
 
 
-@pytest.mark.parametrize("pattern", [r'"target_input":\{.*?\}', r'"__metadata__":\{.*?\}'])
+@pytest.mark.parametrize("pattern", [r'"inputs":\{.*?\}', r'"__metadata__":\{.*?\}'])
 def test_a_name_twice(pattern):
     data = to_bytes(concept(metadata={}))
     (size,) = struct.unpack("<Q", data[:8])
@@ -233,6 +312,8 @@ def test_files_that_are_words_gone_or_huge(tmp_path):
 @pytest.mark.parametrize("changed", [
     {"target_input": torch.full((32,), 1e6)}, {"target_input": torch.full((32,), 1e-12)},
     {"values": {LAYER: torch.full((8,), float("nan"))}}, {"presence": float("nan")},
+    {"super_input": torch.ones(31)}, {"values": {}}, {"values": {"a b": torch.ones(8)}},
+    {"values": {"a/0": torch.ones(8)}}, {"values": {LAYER: torch.ones(1, 8)}}, {"keys": {"other": torch.ones(8)}},
 ])
 def test_what_could_not_be_read_again_is_not_written(tmp_path, changed):
     made = concept()
@@ -264,10 +345,10 @@ def damaged(rng, good):
             del data[place:place + rng.randint(1, 40)]
         elif accident == 4:
             word = rng.choice((b"F16", b"F32", b"I64", b"BOOL", b"F8_E4M3", b"word", b"values", b"keys", b"[8]",
-                               b"null", b"target_input", b"super_input", b"perfusion", b"<mine>", b"0.6123", b'"1"',
-                               b"{", b"}"))
+                               b"null", b"inputs", b"layers", b"/0", b":8", b" ", b".1", b"perfusion", b"<mine>",
+                               b"0.6123", b'"1"', b"{", b"}"))
             other = rng.choice((b"F16", b"U16", b"BF16", b"F4", b"", b"values", b"[4,2]", b"[-1]", b"null", b"\\u0000",
-                                b"1e999", b"[8]", b"{}", b"[]", b'"2"', b"\n"))
+                                b"1e999", b"[8]", b"{}", b"[]", b'"2"', b"\n", b":0", b" .1", b"/1"))
             data = data.replace(word, other, rng.choice((1, -1)))
         else:
             data[place:place + 9] = data[max(0, place - 50):max(0, place - 50) + rng.randint(1, 60)]

@@ -62,7 +62,7 @@ def test_taken_names_are_kept(tmp_path):
 
 @pytest.mark.parametrize("name", ["", " ", "../up", "a/../b", "/etc/x", "a b", "a,b", "a:b", "<a>", "a\\b", ".x"])
 def test_names_that_prompts_could_not_use(name):
-    with pytest.raises(ValueError, match="cannot name an embedding"):
+    with pytest.raises(ValueError, match="cannot name a file"):
         checked_name(name)
 
 

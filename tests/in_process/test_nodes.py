@@ -11,6 +11,7 @@ import concepts_pack
 import folder_paths
 import pytest
 import torch
+from comfy_api.latest import io
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -22,8 +23,8 @@ NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_n
 
 
 def flat(inputs):
-    """All inputs, also those that a choice brings up."""
-    return [inner for i in inputs for inner in i.get_all()]
+    """All inputs, also those that a choice brings up; one that grows counts once."""
+    return [inner for i in inputs for inner in ([i] if isinstance(i, io.Autogrow.Input) else i.get_all())]
 
 
 def schema(node):
@@ -163,7 +164,7 @@ def test_a_folder_is_loaded_for_training(training, tmp_path, monkeypatch):
 
 def test_inspection_names_lengths_and_nearest_words(training, clip):
     concept = run("ConceptsTrainTextualInversion", **training).result[0]
-    (page,) = run("ConceptsInspect", concept=concept, clip=clip).result
+    page, _ = run("ConceptsInspect", concept=concept, clip=clip).result
     assert "<mine>, learned from “cat”" in page and "clip_l: 1 × 32 numbers" in page and "nearest cat " in page
     assert "steps_done: 2" in page and "base: SD15" in page
 
