@@ -1,5 +1,6 @@
 """Giving a model and its CLIP a concept, for a whole workflow or for single prompts."""
 
+import logging
 from collections.abc import Iterable
 
 from ..host.cross_attention import edits_on, hook_of, sizes, with_edits
@@ -7,8 +8,10 @@ from ..host.sockets import CLIP, HookGroup, ModelPatcher
 from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
 from .apply import Applied, applied, overrides
-from .covariance import precision
+from .covariance import encoder_fingerprint, precision
 from .file import check_fits
+
+log = logging.getLogger("concepts")
 
 
 def apply_concept(
@@ -23,11 +26,11 @@ def apply_concept(
         return model, clip
     if concept.edit is None:
         return model, apply_words(clip, concept, strength)
-    edit = _ready(model, clip, concept, strength, settings)
+    taught, edit = _ready(model, clip, concept, strength, settings)
     if any(other.edit is concept.edit or other.placeholder == edit.placeholder for other in edits_on(model)):
         raise ValueError(f"{edit.placeholder} is already on this model; apply each concept once, and raise its "
                          "strength or lower its bias for more of it.")
-    return with_edits(model, [edit], overrides), apply_words(clip, concept, 1.0)
+    return with_edits(model, [edit], overrides), taught
 
 
 def concept_hook(
@@ -36,7 +39,8 @@ def concept_hook(
     """A hook that gives single prompts the concept, and a clone of `clip` that knows its word."""
     if concept.edit is None:
         return None, apply_words(clip, concept, strength)
-    return hook_of([_ready(model, clip, concept, strength, settings)], overrides), apply_words(clip, concept, 1.0)
+    taught, edit = _ready(model, clip, concept, strength, settings)
+    return hook_of([edit], overrides), taught
 
 
 def names(concepts: Iterable[Concept]) -> str:
@@ -44,7 +48,13 @@ def names(concepts: Iterable[Concept]) -> str:
     return " ".join(word.placeholder for concept in concepts for word in concept.words)
 
 
-def _ready(model: ModelPatcher, clip: CLIP, concept: Concept, strength: float, settings: dict) -> Applied:
-    (word,) = concept.words
+def _ready(
+    model: ModelPatcher, clip: CLIP, concept: Concept, strength: float, settings: dict
+) -> tuple[CLIP, Applied]:
+    taught = apply_words(clip, concept, 1.0)
     check_fits(concept, sizes(model))
-    return applied(concept.edit, precision(clip), word.placeholder, strength=strength, **settings)
+    (word,) = concept.words
+    if concept.edit.encoder and concept.edit.encoder != encoder_fingerprint(clip):
+        log.warning("%s was learned with another text encoder than this one; it may look less like its photos.",
+                    word.placeholder)
+    return taught, applied(concept.edit, precision(clip), word.placeholder, strength=strength, **settings)

@@ -1,0 +1,164 @@
+"""Training a Perfusion concept on toy models: what is learned, what is locked, and that stopping loses nothing."""
+
+from functools import partial
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import pytest
+import torch
+from concepts_pack.host.copies import private_copies
+from concepts_pack.host.cross_attention import cross_attentions, sizes
+from concepts_pack.host.text import encode
+from concepts_pack.perfusion.file import to_bytes
+from concepts_pack.perfusion.train import EditMethod, EditRecipe
+from concepts_pack.textual_inversion.train import Keeping, Preview, learn_word
+from concepts_pack.training.dataset import Lessons, gather
+from concepts_pack.training.draws import draw
+from concepts_pack.training.loop import Plan, train
+
+from .conftest import WIDTH
+
+QUIET = Preview(every=0, steps=1)
+METRIC = torch.eye(WIDTH)
+METHOD = partial(EditMethod, METRIC, "toy")
+
+
+def recipe(**changes):
+    return EditRecipe(**{"placeholder": "<mine>", "init_text": "cat", "steps": 5, "learning_rate": 0.01,
+                         "batch_size": 2, "seed": 5, "value_rate": 0.05, **changes})
+
+
+@pytest.fixture(autouse=True)
+def output(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    yield tmp_path
+    comfy.utils.set_progress_bar_global_hook(None)
+    comfy.model_management.interrupt_current_processing(False)
+
+
+@pytest.fixture
+def method_of(model, clip):
+    """Makes a method on private copies that live as long as the test."""
+    with private_copies(model, clip) as (unet, text):
+        latents = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        yield lambda **changes: METHOD(unet, text, recipe(**changes), Lessons(latents, None, ("", ""))), latents
+
+
+def learn(model, clip, vae, photos, keeping=None, **changes):
+    return learn_word(model, clip, vae, gather([photos]), recipe(**changes), QUIET, keeping, method_of=METHOD)
+
+
+def test_it_learns(method_of):
+    make, latents = method_of
+    method = make(sentences=("{}",), own_masks=False)
+
+    def loss():
+        with torch.no_grad():
+            parts = [method.loss(draw(latents, 1000, 4, 9, step)) for step in range(6)]
+        method.met.clear()
+        return torch.cat(parts).mean().item()
+
+    before = loss()
+    train(method, latents, Plan(steps=30, batch_size=4, seed=0, levels=1000), lambda losses: None)
+    assert loss() < before
+
+
+def test_only_the_word_and_the_values_are_learned(method_of):
+    make, latents = method_of
+    method = make(own_masks=False)
+    values = {name: leaf.detach().clone() for name, leaf in method.outputs["values"].items()}
+    word = method.word().vectors["clip_l"]
+    train(method, latents, Plan(steps=2, batch_size=2, seed=0, levels=1000), lambda losses: None)
+    edit = method.learned_edit()
+    assert edit.keys == {} and edit.values.keys() == values.keys()
+    assert not any(torch.equal(edit.values[name], value) for name, value in values.items())
+    assert not torch.equal(method.word().vectors["clip_l"], word)
+    assert not any(parameter.requires_grad for parameter in method.model.parameters())
+
+
+def test_values_start_as_those_of_the_super_category(method_of, model, clip):
+    make, _ = method_of
+    method = make(sentences=("a {}",), own_masks=False)
+    with torch.no_grad():
+        expected = encode(clip, "a cat")[0][0, 2]
+        torch.testing.assert_close(method.super_input, expected)
+        for name, attention in cross_attentions(model.model.diffusion_model).items():
+            torch.testing.assert_close(method.outputs["values"][name].detach(), attention.to_v.weight @ expected,
+                                       rtol=1e-4, atol=1e-5)
+
+
+def test_a_super_category_of_several_tokens_is_read_at_its_last(method_of, clip):
+    make, _ = method_of
+    method = make(init_text="red brick house", sentences=("a {}",), own_masks=False)
+    with torch.no_grad():
+        torch.testing.assert_close(method.super_input, encode(clip, "a red brick house")[0][0, 4])
+
+
+def test_the_target_is_a_moving_average_per_step(method_of):
+    make, latents = method_of
+    method = make(sentences=("a {}",), own_masks=False, momentum=0.9, learning_rate=1e-9)
+    start = method.target_input.clone()
+    with torch.no_grad():
+        met = encode(method.clip, "a <mine>")[0][0, 2]
+    train(method, latents, Plan(steps=1, batch_size=2, seed=0, levels=1000, accumulation=2), lambda losses: None)
+    torch.testing.assert_close(method.target_input, 0.9 * start + 0.1 * met, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ablation", ["train_keys", "through_target"])
+def test_ablations(method_of, ablation):
+    make, latents = method_of
+    method = make(own_masks=False, **{ablation: True})
+    train(method, latents, Plan(steps=2, batch_size=2, seed=0, levels=1000), lambda losses: None)
+    edit = method.learned_edit()
+    assert edit.keys.keys() == (edit.values.keys() if ablation == "train_keys" else set())
+
+
+def test_own_masks_are_weights_in_range(method_of):
+    make, latents = method_of
+    weights = make(own_masks=True, mask_floor=0.2).weights
+    assert weights.shape == (2, 1, 1, 8, 8)
+    assert torch.allclose(weights.amax((2, 3, 4)), torch.ones(2, 1)) and float(weights.min()) >= 0.2 - 1e-6
+
+
+def test_same_seed_same_file(model, clip, vae, photos):
+    with torch.inference_mode():
+        first, again, other = (learn(model, clip, vae, photos, seed=seed) for seed in (5, 5, 6))
+    assert to_bytes(first.concept) == to_bytes(again.concept) != to_bytes(other.concept)
+    assert sizes(model).keys() == first.concept.edit.values.keys()
+
+
+def test_base_weights_keep_every_bit(model, clip, vae, photos):
+    before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
+    learn(model, clip, vae, photos)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.model.state_dict().items())
+    assert not any("forward" in vars(module) for module in model.model.modules())
+
+
+def test_recomputing_learns_the_same(model, clip, vae, photos):
+    plain, again = (learn_word(model, clip, vae, gather([photos]), recipe(steps=2), QUIET, None, recompute, METHOD)
+                    for recompute in (False, True))
+    assert plain.losses == pytest.approx(again.losses, rel=1e-4)
+    for name, value in plain.concept.edit.values.items():
+        torch.testing.assert_close(value, again.concept.edit.values[name], rtol=1e-3, atol=1e-3)
+
+
+def test_cancelled_and_queued_again_equals_never_stopped(model, clip, vae, photos, output):
+    whole = learn(model, clip, vae, photos)
+    comfy.utils.set_progress_bar_global_hook(
+        lambda value, total, *_, **__: comfy.model_management.interrupt_current_processing(total == 5 and value == 3)
+    )
+    part = learn(model, clip, vae, photos, Keeping(every=1))
+    assert 3 <= len(part.losses) < 5 and list((output / "concepts").glob("mine-step*.safetensors"))
+    comfy.utils.set_progress_bar_global_hook(None)
+    comfy.model_management.interrupt_current_processing(False)
+    rest = learn(model, clip, vae, photos, Keeping(every=1))
+    assert rest.losses == whole.losses and to_bytes(rest.concept) == to_bytes(whole.concept)
+
+
+def test_sdxl_learns_with_both_encoders(other_base, vae, photos):
+    _, base, text = other_base
+    width = next(iter(sizes(base).values()))[0]
+    lesson = learn_word(base, text, vae, gather([photos]), recipe(steps=2), QUIET,
+                        method_of=partial(EditMethod, torch.eye(width), "toy"))
+    assert len(lesson.concept.edit.target_input) == width and all(map(torch.isfinite, map(torch.tensor, lesson.losses)))
