@@ -74,12 +74,20 @@ def _private(patcher: ModelPatcher, socket: str, recompute: bool = False) -> Mod
     if patcher.is_dynamic() or any(type(weight.data) is not Tensor for weight in weights):
         fresh = _reloaded(patcher, socket)
     else:
-        comfy.model_management.unload_model_and_clones(patcher)  # takes what LoRAs changed out of the weights
+        unload(patcher.model)
         fresh = ModelPatcher(_twin(patcher.model), patcher.load_device, patcher.offload_device)
     private = patcher.clone(disable_dynamic=True, model_override=fresh.get_clone_model_override())
     _prepare(private, recompute)
     settle(private)  # while `fresh` lives: the host has it down as loaded and would report it as leaked
     return private
+
+
+def unload(model: torch.nn.Module) -> None:
+    """Lets the host put the weights back as they were before LoRAs, as when it needs room."""
+    loaded_models = comfy.model_management.current_loaded_models
+    for loaded in [each for each in loaded_models if each.model is not None and each.model.model is model]:
+        loaded.model_unload()
+        loaded_models.remove(loaded)
 
 
 def _twin(model: torch.nn.Module) -> torch.nn.Module:

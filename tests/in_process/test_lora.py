@@ -12,6 +12,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from concepts_pack.host.copies import unload
 from concepts_pack.host.cross_attention import cross_attentions, sizes
 from concepts_pack.host.text import widths
 from concepts_pack.microworld.host import CHECKPOINT
@@ -58,7 +59,7 @@ def loaded(model, lora):
 
 
 def clean(model):
-    comfy.model_management.unload_model_and_clones(model)
+    unload(model.model)
 
 
 @pytest.fixture(params=list(ENCODERS))
