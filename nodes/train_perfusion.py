@@ -10,7 +10,18 @@ from ..perfusion.covariance import encoder_fingerprint, precision
 from ..perfusion.train import EditMethod, EditRecipe
 from ..textual_inversion.train import learn_word
 from ..textual_inversion.word import row_size
-from .training_inputs import OWN, common_recipe, how_to_look, how_to_run, outputs, pace, run, stops, what_to_learn
+from .training_inputs import (
+    OWN,
+    chosen_seed,
+    common_recipe,
+    how_to_look,
+    how_to_run,
+    outputs,
+    pace,
+    run,
+    stops,
+    what_to_learn,
+)
 
 PRESETS = {  # rates are in root mean squares of what they move: the class word's numbers, its values in each layer
     "balanced": {"steps": 200, "rate": 0.1, "value_rate": 0.4, "batch_size": 4},
@@ -53,6 +64,7 @@ class ConceptsTrainPerfusion(io.ComfyNode):
                     "How long and how fast to learn. 'balanced' suits three to ten photos, 'quick' is for a first "
                     "look, 'thorough' for a last one; 'own settings' shows the numbers behind."
                 )),
+                chosen_seed(),
                 *how_to_look(kind="object in places", mask_floor=0.02),
                 io.Boolean.Input("own_masks", default=True, advanced=True, tooltip=(
                     "Without masks, find the thing by where the model looks for the init text, so that backgrounds "

@@ -5,7 +5,18 @@ from comfy_api.latest import io
 from ..host.text import ready, rows
 from ..textual_inversion.train import Recipe, learn_word
 from ..textual_inversion.word import row_size
-from .training_inputs import OWN, common_recipe, how_to_look, how_to_run, outputs, pace, run, stops, what_to_learn
+from .training_inputs import (
+    OWN,
+    chosen_seed,
+    common_recipe,
+    how_to_look,
+    how_to_run,
+    outputs,
+    pace,
+    run,
+    stops,
+    what_to_learn,
+)
 
 PRESETS = {  # the rate is in root mean squares of the class word's numbers: encoders differ fivefold in them
     "balanced": {"steps": 100, "rate": 0.6, "batch_size": 4},
@@ -41,9 +52,7 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
                     "How long and how fast to learn. 'balanced' suits three to ten photos, 'quick' is for a first "
                     "look, 'thorough' for a last one; 'own settings' shows the numbers behind."
                 )),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=(
-                    "Decides noise, order and sentences. The same seed and photos give the same file, byte for byte."
-                )),
+                chosen_seed(),
                 io.Int.Input("vectors", default=1, min=1, max=16, advanced=True, tooltip=(
                     "How many token places the word takes in the prompt. More hold more detail and push the rest of "
                     "the prompt aside."

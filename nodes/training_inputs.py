@@ -58,6 +58,13 @@ def what_to_learn() -> list[io.Input]:
     ]
 
 
+def chosen_seed() -> io.Input:
+    """What decides everything random."""
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=(
+        "Decides noise, order and sentences. The same seed and photos give the same file, byte for byte."
+    ))
+
+
 def how_to_look(kind: str, mask_floor: float) -> list[io.Input]:
     """Sentences, views of the photos, weights of the loss."""
     return [
