@@ -132,7 +132,7 @@ def summary(found: list[tuple]) -> dict:
     pairs: dict = {}
     for label, bias, identity, text, seed, name in found:
         pairs.setdefault((bias, seed, name), {})[label] = (identity, text)
-    both = [(pair["locked keys"], pair["trained keys"]) for pair in pairs.values() if len(pair) == 2]
+    both = [(pair["locked keys"], pair["trained keys"]) for pair in pairs.values() if "trained keys" in pair]
     if both:
         difference = np.array([np.subtract(*pair) for pair in both])
         result["locked - trained keys"] = {"ID": interval(difference[:, 0]), "TXT": interval(difference[:, 1])}
