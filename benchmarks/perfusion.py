@@ -19,7 +19,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from ..host.cross_attention import attention_to
+from ..host.attention_maps import attention_to
 from ..host.text import encode, ready, rows, word_places
 from ..microworld import captions
 from ..microworld.data import parallel, work

@@ -8,12 +8,8 @@ memory of trainings alone in processes of their own, ComfyUI's LoRA training bes
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import statistics
-import subprocess
-import sys
 from contextlib import ExitStack
+from functools import partial
 
 import comfy.sample
 import torch
@@ -27,7 +23,8 @@ from ..perfusion.train import EditMethod, EditRecipe
 from ..training.dataset import Lessons
 from ..training.draws import draw
 from ..training.loop import Plan, train
-from .step_time import HERE, SEED, make_clip, make_unet, seconds
+from .step_time import SEED, make_clip, make_unet
+from .timing import conditions, in_turn, keep, medians, peak_alone, peak_now, ratio
 
 WIDTH, TOKENS = 768, 77
 
@@ -51,22 +48,15 @@ def sampling(size: int, rounds: int, steps: int) -> dict:
     noise = torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(SEED))
     models = {"unpatched": model, **{f"{n} concepts": with_edits(model, concepts(model, n, context), overrides)
                                      for n in (1, 8)}}
-    times: dict[str, list[float]] = {label: [] for label in models}
-    for number in range(rounds + 1):
-        for label, patched in models.items():
-            took = seconds(lambda: comfy.sample.sample(
-                patched, noise, steps, 7.0, "euler", "normal", [[context, {}]], [[negative, {}]],  # noqa: B023
-                torch.zeros_like(noise), disable_pbar=True, seed=SEED,
-            ))
-            if number:
-                times[label].append(took)
-        print({label: round(values[-1], 2) for label, values in times.items() if values}, flush=True)
-    ratios = {label: [a / b for a, b in zip(values, times["unpatched"], strict=True)]
-              for label, values in times.items() if label != "unpatched"}
-    return {"seconds, median": {label: statistics.median(values) for label, values in times.items()},
-            "÷ unpatched [median, quartiles]": {
-                label: [statistics.median(values), *statistics.quantiles(values, n=4)[::2]]
-                for label, values in ratios.items()}}
+
+    def drawing(patched) -> None:
+        comfy.sample.sample(patched, noise, steps, 7.0, "euler", "normal", [[context, {}]], [[negative, {}]],
+                            torch.zeros_like(noise), disable_pbar=True, seed=SEED)
+
+    times = in_turn({label: partial(drawing, patched) for label, patched in models.items()}, rounds)
+    return {"seconds, median": medians(times),
+            "÷ unpatched [median, quartiles]": {label: ratio(values, times["unpatched"])
+                                                for label, values in times.items() if label != "unpatched"}}
 
 
 def training(stack: ExitStack, batch: int, size: int) -> dict:
@@ -106,33 +96,23 @@ def native_lora(batch: int, size: int) -> None:
 
 
 def peak(which: str, batch: int, size: int) -> float:
-    """Peak memory in GB of a process that takes two steps: the card's if there is one, else the process's."""
-    if which == "ours":
-        with ExitStack() as stack:
-            step = training(stack, batch, size)["step"]
-            step()
-            step()
-    else:
+    """Peak memory in GB of a process that takes two steps."""
+    if which == "native":
         native_lora(batch, size)
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        return peak_now()
+    with ExitStack() as stack:
+        step = training(stack, batch, size)["step"]
+        step()
+        step()
+    return peak_now()
 
 
 def steps(batch: int, size: int, rounds: int) -> dict:
+    """Seconds of a training step and of a forward pass, taken in turn."""
     with ExitStack() as stack:
-        actions = training(stack, batch, size)
-        times: dict[str, list[float]] = {name: [] for name in actions}
-        for number in range(rounds + 1):
-            for name, action in actions.items():
-                took = seconds(action)
-                if number:
-                    times[name].append(took)
-            print({name: round(values[-1], 2) for name, values in times.items() if values}, flush=True)
-    ratios = [a / b for a, b in zip(times["step"], times["forward"], strict=True)]
-    return {"seconds, median": {name: statistics.median(values) for name, values in times.items()},
-            "step ÷ forward [median, quartiles]": [statistics.median(ratios),
-                                                   *statistics.quantiles(ratios, n=4)[::2]]}
+        times = in_turn(training(stack, batch, size), rounds)
+    return {"seconds, median": medians(times),
+            "step ÷ forward [median, quartiles]": ratio(times["step"], times["forward"])}
 
 
 def main() -> None:
@@ -146,22 +126,12 @@ def main() -> None:
     if args.alone:
         print(peak(args.alone, args.batch, args.size))
         return
-    result = {"batch": args.batch, "size": args.size, "rounds": args.rounds, "device": "cpu"}
-    if torch.cuda.is_available():
-        result["device"] = torch.cuda.get_device_name()
+    result = conditions(args.batch, args.size, args.rounds)
     result["training"] = steps(args.batch, args.size, args.rounds)
     result["sampling"] = sampling(args.size, args.rounds, args.sampling_steps)
-    memory = {}
-    for which in ("ours", "native"):
-        command = [sys.executable, HERE.parent / "dev.py", "run", __file__, "--alone", which,
-                   "--batch", str(args.batch), "--size", str(args.size)]  # fmt: skip
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        memory[which] = float(said.strip().splitlines()[-1])
+    memory = {which: peak_alone(__file__, which, args.batch, args.size) for which in ("ours", "native")}
     result |= {"peak GB": memory, "peak, ours ÷ native LoRA": memory["ours"] / memory["native"]}
-    text = json.dumps(result, indent=1)
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "perfusion_time.json").write_text(text + "\n")
-    print(text)
+    keep(result, "perfusion_time")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,8 @@ memory. Reports medians, the ratio of the two with its quartiles, and our step o
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 
 import comfy.model_base
 import comfy.model_management
@@ -33,8 +26,8 @@ from ..textual_inversion.train import Recipe, WordMethod
 from ..training.dataset import Lessons
 from ..training.draws import draw
 from ..training.loop import Plan, train
+from .timing import conditions, in_turn, keep, medians, peak_alone, peak_now, ratio
 
-HERE = Path(__file__).parent
 UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2, 2],
     "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
@@ -138,41 +131,26 @@ def theirs(batch: int, size: int) -> dict[str, Callable]:
     return {"step": step}
 
 
-def seconds(action: Callable) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
 def interleaved(batch: int, size: int, rounds: int) -> dict:
-    """Seconds of each kind of step, taken in turn after one round of warming up."""
+    """Seconds of each kind of step, taken in turn."""
     with ExitStack() as stack:
         actions = {f"ours {name}": action for name, action in ours(stack, batch, size).items()}
         actions |= {f"diffusers {name}": action for name, action in theirs(batch, size).items()}
-        times = {name: [] for name in actions}
-        for number in range(rounds + 1):
-            for name, action in actions.items():
-                took = seconds(action)
-                if number:
-                    times[name].append(took)
-            print({name: round(values[-1], 2) for name, values in times.items() if values}, flush=True)
-    ratios = [a / b for a, b in zip(times["ours step"], times["diffusers step"], strict=True)]
+        times = in_turn(actions, rounds)
     return {
-        "seconds, median": {name: statistics.median(values) for name, values in times.items()},
-        "ours / diffusers [median, quartiles]": [statistics.median(ratios), *statistics.quantiles(ratios, n=4)[::2]],
-        "our step / our forward": statistics.median(times["ours step"]) / statistics.median(times["ours forward"]),
+        "seconds, median": medians(times),
+        "ours / diffusers [median, quartiles]": ratio(times["ours step"], times["diffusers step"]),
+        "our step / our forward [median, quartiles]": ratio(times["ours step"], times["ours forward"]),
     }
 
 
 def peak(which: str, batch: int, size: int) -> float:
-    """Peak memory in GB of a process that takes two steps: the card's if there is one, else the process's."""
+    """Peak memory in GB of a process that takes two steps."""
     with ExitStack() as stack:
         action = (ours(stack, batch, size) if which == "ours" else theirs(batch, size))["step"]
         action()
         action()
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return peak_now()
 
 
 def main() -> None:
@@ -185,21 +163,10 @@ def main() -> None:
     if args.alone:
         print(peak(args.alone, args.batch, args.size))
         return
-    result = {"batch": args.batch, "size": args.size, "rounds": args.rounds, "device": "cpu"}
-    if torch.cuda.is_available():
-        result["device"] = torch.cuda.get_device_name()
-    result |= interleaved(args.batch, args.size, args.rounds)
-    memory = {}
-    for which in ("ours", "diffusers"):
-        command = [sys.executable, HERE.parent / "dev.py", "run", __file__, "--alone", which,
-                   "--batch", str(args.batch), "--size", str(args.size)]  # fmt: skip
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        memory[which] = float(said.strip().splitlines()[-1])
+    result = conditions(args.batch, args.size, args.rounds) | interleaved(args.batch, args.size, args.rounds)
+    memory = {which: peak_alone(__file__, which, args.batch, args.size) for which in ("ours", "diffusers")}
     result |= {"peak GB": memory, "peak, ours / diffusers": memory["ours"] / memory["diffusers"]}
-    text = json.dumps(result, indent=1)
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "step_time.json").write_text(text + "\n")
-    print(text)
+    keep(result, "step_time")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
-"""Cross-attention of the host's UNets: the key and value layers, an edit of what they give, and where tokens attend."""
+"""Cross-attention of the host's UNets: its key and value layers, and an edit of what they give."""
 
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from comfy.hooks import EnumHookScope, HookGroup, TransformerOptionsHook
 from comfy.ldm.modules.attention import BasicTransformerBlock, CrossAttention
-from comfy.lora import model_lora_keys_unet
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from einops import einsum, rearrange
 from torch import Tensor
 
 KEY, RUNNING, MET = "concepts", "concepts_running", "concepts_met"
@@ -136,33 +133,3 @@ def _watch(executor, *args, **kwargs):
         if id(edit) not in seen:
             log.warning("No prompt of this picture has %s in it, so the concept did nothing.", edit.placeholder)
     return result
-
-
-def attention_to(model: torch.nn.Module, places: Sequence[int], run: Callable[[], Any]) -> list[Tensor]:
-    """What share of its attention each place of the picture pays to the tokens at `places`, while `run` calls the UNet.
-
-    One map (b q) for each cross-attention, the mean of its heads; places of the picture row by row.
-    """
-    maps: list[Tensor] = []
-
-    def watch(attention: CrossAttention, forward: Callable, x: Tensor, context: Tensor, *args, **kwargs) -> Tensor:
-        heads = attention.heads
-        q, k = (rearrange(layer(tokens), "b n (h d) -> b h n d", h=heads)
-                for layer, tokens in ((attention.to_q, x), (attention.to_k, context)))
-        weights = (einsum(q.float(), k.float(), "b h q d, b h k d -> b h q k") * q.shape[-1] ** -0.5).softmax(-1)
-        maps.append(weights[..., list(places)].sum(-1).mean(1))
-        return forward(x, context, *args, **kwargs)
-
-    attentions = cross_attentions(model.diffusion_model).values()
-    with overridden({attention: partial(watch, attention) for attention in attentions}):
-        run()
-    return maps
-
-
-def lora_names(model: ModelPatcher) -> dict[str, str]:
-    """What LoRA files call each weight of this model: kohya's names, after diffusers' blocks where there are such."""
-    found: dict[str, str] = {}
-    for name, weight in model_lora_keys_unet(model.model, {}).items():
-        if name.startswith("lora_unet_") and isinstance(weight, str):
-            found[weight] = name if weight not in found or "_attentions_" in name else found[weight]
-    return found

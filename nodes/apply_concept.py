@@ -5,9 +5,7 @@ from comfy_api.latest import io
 from ..perfusion.use import apply_concept, concept_hook, names
 from ..textual_inversion.concept import Concept as ConceptValue
 from .edit_settings import edit_settings
-from .sockets import Concept
-
-NO_CLIP = "This checkpoint file has no text encoder (CLIP); load one and connect it to 'clip'."
+from .sockets import Concept, require_clip
 
 
 class ConceptsApply(io.ComfyNode):
@@ -45,8 +43,7 @@ class ConceptsApply(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, concept: ConceptValue, strength: float, **settings) -> io.NodeOutput:
-        if clip is None:
-            raise ValueError(NO_CLIP)
+        require_clip(clip)
         return io.NodeOutput(*apply_concept(model, clip, concept, strength, **settings))
 
 
@@ -84,8 +81,7 @@ class ConceptsApplyStack(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, concepts: dict, strength: float, **settings) -> io.NodeOutput:
-        if clip is None:
-            raise ValueError(NO_CLIP)
+        require_clip(clip)
         chosen = [concept for concept in concepts.values() if concept is not None]
         for concept in chosen:
             model, clip = apply_concept(model, clip, concept, strength, **settings)
@@ -124,6 +120,5 @@ class ConceptsHook(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, concept: ConceptValue, strength: float, **settings) -> io.NodeOutput:
-        if clip is None:
-            raise ValueError(NO_CLIP)
+        require_clip(clip)
         return io.NodeOutput(*concept_hook(model, clip, concept, strength, **settings))

@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..host.folders import concepts_folder, embeddings_folder, file_names, file_path, loras_folder
 from ..perfusion import file as edit_file
+from ..perfusion.use import names
 from ..textual_inversion import file
 from ..textual_inversion.concept import Concept as ConceptValue
 from .sockets import Concept
@@ -215,4 +216,4 @@ def _stamp(path: Path) -> str:
 
 
 def _loaded(concept: ConceptValue) -> io.NodeOutput:
-    return io.NodeOutput(concept, " ".join(word.placeholder for word in concept.words))
+    return io.NodeOutput(concept, names([concept]))

@@ -4,8 +4,6 @@ from comfy_api.latest import io
 
 from ..perfusion.apply import BIAS, TEMPERATURE
 
-FIELDS = ("bias", "temperature", "key_strength", "start", "end", "everywhere")
-
 
 def edit_settings() -> list[io.Input]:
     """The slider from fidelity to prompt, and what an artist rarely touches. They do nothing for a plain word."""

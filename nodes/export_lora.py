@@ -10,7 +10,7 @@ from ..perfusion.lora import to_bytes, to_lora
 from ..textual_inversion.concept import Concept as ConceptValue
 from ..textual_inversion.file import checked_name, free_path
 from ..training.disk import write_whole
-from .sockets import Concept
+from .sockets import Concept, require_clip
 
 
 class ConceptsExportLora(io.ComfyNode):
@@ -46,6 +46,7 @@ class ConceptsExportLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, concept: ConceptValue, name: str, strength: float, overwrite: bool) -> io.NodeOutput:
+        require_clip(clip)
         if concept.edit is None:
             raise ValueError("This concept is only a word, which no LoRA can hold alone; save it with Save Concept.")
         name = checked_name(name)

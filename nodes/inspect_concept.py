@@ -4,10 +4,11 @@ from comfy_api.latest import io, ui
 
 from ..perfusion.apply import BIAS
 from ..perfusion.covariance import precision
-from ..perfusion.inspection import as_tensor, gate_bars, gates
+from ..perfusion.inspection import gate_bars, gates
 from ..textual_inversion.concept import Concept as ConceptValue
 from ..textual_inversion.inspection import report
-from .sockets import Concept
+from ..training.preview import to_tensor
+from .sockets import Concept, require_clip
 
 
 class ConceptsInspect(io.ComfyNode):
@@ -47,12 +48,11 @@ class ConceptsInspect(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept: ConceptValue, clip, prompt: str = "{}", bias: float = BIAS) -> io.NodeOutput:
-        if clip is None:
-            raise ValueError("This checkpoint file has no text encoder (CLIP); load one and connect it to 'clip'.")
+        require_clip(clip)
         page = report(clip, concept)
         if concept.edit is None:
             return io.NodeOutput(page, None, ui=ui.PreviewText(page))
         text = prompt.replace("{}", concept.words[0].placeholder)
-        picture = as_tensor(gate_bars(gates(clip, concept, precision(clip), text, bias), f"gates at bias {bias:g}"))
+        picture = to_tensor(gate_bars(gates(clip, concept, precision(clip), text, bias), f"gates at bias {bias:g}"))
         shown = ui.PreviewText(page).as_dict() | ui.PreviewImage(picture, cls=cls).as_dict()
         return io.NodeOutput(page, picture, ui=shown)

@@ -3,3 +3,9 @@
 from comfy_api.latest import io
 
 Concept = io.Custom("CONCEPT")
+
+
+def require_clip(clip) -> None:
+    """Raises ValueError for a checkpoint that came without a text encoder."""
+    if clip is None:
+        raise ValueError("This checkpoint file has no text encoder (CLIP); load one and connect it to 'clip'.")

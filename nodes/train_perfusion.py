@@ -5,15 +5,14 @@ from math import isfinite
 
 from comfy_api.latest import io
 
-from ..host.text import ready, rows
 from ..perfusion.covariance import encoder_fingerprint, precision
 from ..perfusion.train import EditMethod, EditRecipe
 from ..textual_inversion.train import learn_word
-from ..textual_inversion.word import row_size
 from .training_inputs import (
-    OWN,
+    chosen_pace,
     chosen_seed,
     common_recipe,
+    how_long,
     how_to_look,
     how_to_run,
     outputs,
@@ -21,6 +20,7 @@ from .training_inputs import (
     run,
     stops,
     what_to_learn,
+    word_rate,
 )
 
 PRESETS = {  # rates are in root mean squares of what they move: the class word's numbers, its values in each layer
@@ -50,20 +50,13 @@ class ConceptsTrainPerfusion(io.ComfyNode):
             is_input_list=True,
             inputs=[
                 *what_to_learn(),
-                io.DynamicCombo.Input("preset", options=[
-                    *(io.DynamicCombo.Option(name, []) for name in PRESETS),
-                    io.DynamicCombo.Option(OWN, [
-                        *pace(steps=400, learning_rate=0.006),
-                        io.Float.Input("value_rate", default=0.03, min=0.0, max=1.0, step=0.0001, round=0.000001,
-                                       tooltip=(
-                            "How far each step moves what the layers draw for the word. The learning rate above moves "
-                            "the word itself."
-                        )),
-                    ]),
-                ], tooltip=(
-                    "How long and how fast to learn. 'balanced' suits three to ten photos, 'quick' is for a first "
-                    "look, 'thorough' for a last one; 'own settings' shows the numbers behind."
-                )),
+                how_long(PRESETS, [
+                    *pace(steps=400, learning_rate=0.006),
+                    io.Float.Input("value_rate", default=0.03, min=0.0, max=1.0, step=0.0001, round=0.000001, tooltip=(
+                        "How far each step moves what the layers draw for the word. The learning rate above moves the "
+                        "word itself."
+                    )),
+                ]),
                 chosen_seed(),
                 *how_to_look(kind="object in places", mask_floor=0.02),
                 io.Boolean.Input("own_masks", default=True, advanced=True, tooltip=(
@@ -97,26 +90,17 @@ class ConceptsTrainPerfusion(io.ComfyNode):
     @classmethod
     def execute(cls, **inputs) -> io.NodeOutput:
         def learn(one, photos, *how):
-            recipe = read_recipe(one, chosen_pace(inputs["preset"], one["clip"], one["init_text"].strip()))
+            recipe = read_recipe(one, chosen_pace(inputs["preset"], one, pace_of))
             method = partial(EditMethod, precision(one["clip"]), encoder_fingerprint(one["clip"]))
             return recipe, learn_word(one["model"], one["clip"], one["vae"], photos, recipe, *how, method)
 
         return run(inputs, learn)
 
 
-def chosen_pace(preset: dict, clip, init_text: str) -> dict:
-    """The pace of a preset, or the widgets that 'own settings' shows."""
-    values = {name: value[0] for name, value in preset.items()}
-    name = values.pop("preset")
-    return pace_of(name, clip, init_text) if name in PRESETS else values
-
-
 def pace_of(name: str, clip, init_text: str) -> dict:
-    """Steps, rates and batch size of a preset for a concept that starts from `init_text` in this CLIP."""
-    preset = PRESETS[name]
-    size = max(row_size(found) for found in rows(ready(clip), init_text).values())
-    return {"steps": preset["steps"], "learning_rate": preset["rate"] * size, "batch_size": preset["batch_size"],
-            "value_rate": preset["value_rate"], "relative_values": True}
+    """The pace of a preset for a concept that starts from `init_text` in this CLIP."""
+    values = {"value_rate": PRESETS[name]["value_rate"], "relative_values": True}
+    return word_rate(PRESETS[name], clip, init_text) | values
 
 
 def read_recipe(one: dict, pace: dict) -> EditRecipe:

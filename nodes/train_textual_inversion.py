@@ -2,13 +2,12 @@
 
 from comfy_api.latest import io
 
-from ..host.text import ready, rows
 from ..textual_inversion.train import Recipe, learn_word
-from ..textual_inversion.word import row_size
 from .training_inputs import (
-    OWN,
+    chosen_pace,
     chosen_seed,
     common_recipe,
+    how_long,
     how_to_look,
     how_to_run,
     outputs,
@@ -16,9 +15,10 @@ from .training_inputs import (
     run,
     stops,
     what_to_learn,
+    word_rate,
 )
 
-PRESETS = {  # the rate is in root mean squares of the class word's numbers: encoders differ fivefold in them
+PRESETS = {  # the rate is in root mean squares of the class word's numbers
     "balanced": {"steps": 100, "rate": 0.6, "batch_size": 4},
     "quick": {"steps": 50, "rate": 0.6, "batch_size": 4},
     "thorough": {"steps": 400, "rate": 0.3, "batch_size": 4},
@@ -45,13 +45,7 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
             is_input_list=True,
             inputs=[
                 *what_to_learn(),
-                io.DynamicCombo.Input("preset", options=[
-                    *(io.DynamicCombo.Option(name, []) for name in PRESETS),
-                    io.DynamicCombo.Option(OWN, pace(steps=300, learning_rate=0.01)),
-                ], tooltip=(
-                    "How long and how fast to learn. 'balanced' suits three to ten photos, 'quick' is for a first "
-                    "look, 'thorough' for a last one; 'own settings' shows the numbers behind."
-                )),
+                how_long(PRESETS, pace(steps=300, learning_rate=0.01)),
                 chosen_seed(),
                 io.Int.Input("vectors", default=1, min=1, max=16, advanced=True, tooltip=(
                     "How many token places the word takes in the prompt. More hold more detail and push the rest of "
@@ -75,24 +69,15 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
     @classmethod
     def execute(cls, **inputs) -> io.NodeOutput:
         def learn(one, photos, *how):
-            recipe = read_recipe(one, chosen_pace(inputs["preset"], one["clip"], one["init_text"].strip()))
+            recipe = read_recipe(one, chosen_pace(inputs["preset"], one, pace_of))
             return recipe, learn_word(one["model"], one["clip"], one["vae"], photos, recipe, *how)
 
         return run(inputs, learn)
 
 
-def chosen_pace(preset: dict, clip, init_text: str) -> dict:
-    """The pace of a preset, or the widgets that 'own settings' shows."""
-    values = {name: value[0] for name, value in preset.items()}
-    name = values.pop("preset")
-    return pace_of(name, clip, init_text) if name in PRESETS else values
-
-
 def pace_of(name: str, clip, init_text: str) -> dict:
-    """Steps, rate and batch size of a preset for a word that starts from `init_text` in this CLIP."""
-    preset = PRESETS[name]
-    size = max(row_size(found) for found in rows(ready(clip), init_text).values())
-    return {"steps": preset["steps"], "learning_rate": preset["rate"] * size, "batch_size": preset["batch_size"]}
+    """The pace of a preset for a word that starts from `init_text` in this CLIP."""
+    return word_rate(PRESETS[name], clip, init_text)
 
 
 def read_recipe(one: dict, pace: dict) -> Recipe:

@@ -2,22 +2,22 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import isfinite
 from typing import Any
 
-import numpy as np
-import torch
 from comfy_api.latest import io
 
+from ..host.bases import base_name, check_pair
 from ..host.copies import memory_is_short
 from ..host.pictures import is_empty
-from ..host.text import is_ordinary_word
+from ..host.text import is_ordinary_word, ready, rows
 from ..textual_inversion.templates import BY_KIND, sentences
 from ..textual_inversion.train import Keeping, Lesson, Preview, Recipe
-from ..textual_inversion.word import check_placeholder
+from ..textual_inversion.word import check_placeholder, row_size
 from ..training.dataset import Photo, gather
 from ..training.optimisers import OPTIMISERS, SCHEDULES
+from ..training.preview import to_tensor
 from .sockets import Concept
 
 OWN = "own settings"
@@ -56,6 +56,17 @@ def what_to_learn() -> list[io.Input]:
             "be mistaken for another."
         )),
     ]
+
+
+def how_long(presets: Iterable[str], own: list[io.Input]) -> io.Input:
+    """The choice of a preset, or of the widgets `own`."""
+    return io.DynamicCombo.Input("preset", options=[
+        *(io.DynamicCombo.Option(name, []) for name in presets),
+        io.DynamicCombo.Option(OWN, own),
+    ], tooltip=(
+        "How long and how fast to learn. 'balanced' suits three to ten photos, 'quick' is for a first look, 'thorough' "
+        "for a last one; 'own settings' shows the numbers behind."
+    ))
 
 
 def chosen_seed() -> io.Input:
@@ -176,10 +187,12 @@ def outputs() -> list[io.Output]:
 
 
 def check_sockets(one: dict) -> None:
-    """Raises ValueError for a checkpoint that came without a part, or a placeholder that its encoder knows."""
+    """Raises ValueError for a checkpoint that lacks a part or cannot be trained on, or an unfit placeholder."""
     for name, part in (("model", "diffusion model"), ("clip", "text encoder (CLIP)"), ("vae", "VAE")):
         if one[name] is None or name == "vae" and is_empty(one[name]):
             raise ValueError(f"This checkpoint file has no {part}; load one and connect it to {name!r}.")
+    base_name(one["model"])
+    check_pair(one["model"], one["clip"])
     check_placeholder(one["placeholder"].strip())
     if len(one["placeholder"].strip()) > LONGEST_PLACEHOLDER:
         raise ValueError(f"The placeholder has {len(one['placeholder'].strip())} characters; "
@@ -191,6 +204,20 @@ def check_sockets(one: dict) -> None:
         )
 
 
+def chosen_pace(chosen: dict, one: dict, pace_of: Callable[[str, Any, str], dict]) -> dict:
+    """The pace of the chosen preset by `pace_of(preset, clip, init text)`, or the widgets that 'own settings' shows."""
+    values = {name: value[0] for name, value in chosen.items()}
+    name = values.pop("preset")
+    return values if name == OWN else pace_of(name, one["clip"], one["init_text"].strip())
+
+
+def word_rate(preset: dict, clip, init_text: str) -> dict:
+    """Steps, batch size and learning rate of a preset whose rate is in root mean squares of the class word's numbers.
+
+    Encoders differ fivefold in these.
+    """
+    size = max(row_size(found) for found in rows(ready(clip), init_text).values())
+    return {"steps": preset["steps"], "batch_size": preset["batch_size"], "learning_rate": preset["rate"] * size}
 
 
 def common_recipe(one: dict, pace: dict) -> dict[str, Any]:
@@ -227,8 +254,7 @@ def run(inputs: dict, learn: Learn) -> io.NodeOutput:
     recipe, lesson = learn(one, photos, view, keeping, recompute)
     if len(lesson.losses) < recipe.steps:
         _stopped[_widgets(inputs)] += 1
-    page = torch.from_numpy(np.asarray(lesson.sheet, dtype=np.float32) / 255)[None]
-    return io.NodeOutput(lesson.concept, {"loss": lesson.losses}, page)
+    return io.NodeOutput(lesson.concept, {"loss": lesson.losses}, to_tensor(lesson.sheet))
 
 
 def stops(inputs: dict) -> str:

@@ -67,7 +67,7 @@ class Call:
 
     def met(self) -> Tensor:
         """Which concepts occurred in any prompt (j)."""
-        return torch.stack(self.seen).any(0).cpu() if self.seen else torch.zeros(len(self.edits), dtype=torch.bool)
+        return torch.stack(self.seen).any(0) if self.seen else torch.zeros(len(self.edits), dtype=torch.bool)
 
     def keys(self, name: str, forward: Callable, encodings: Tensor) -> Tensor:
         """Locked keys: o*_K = W_K·(super-category), whatever the model's weights are now."""

@@ -1,6 +1,5 @@
 """Which words of a prompt a concept touches, as a picture."""
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -42,8 +41,3 @@ def gate_bars(found: list[tuple[str, float, float]], title: str) -> Image.Image:
         draw.rectangle((left, y + 3, end, y + ROW - 4), LINE if amount > 0.5 else RAW)
         draw.text((left + BAR_WIDTH + 10, y + ROW / 2), f"{amount:.0%}  s {s:.2f}", FAINT, font, anchor="lm")
     return image
-
-
-def as_tensor(image: Image.Image) -> Tensor:
-    """A picture as IMAGE (1 h w 3) in 0..1."""
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)[None]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..host.copies import settle
-from ..host.cross_attention import cross_attentions, lora_names
+from ..host.cross_attention import cross_attentions
+from ..host.lora_names import lora_names
 from ..host.sockets import ModelPatcher
 from ..textual_inversion.concept import Concept
 from ..textual_inversion.file import with_metadata

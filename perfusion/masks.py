@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from ..host.cross_attention import attention_to
+from ..host.attention_maps import attention_to
 from ..host.objective import denoising_error, timestep_count
 
 NOISE = (0.3, 0.5, 0.7)  # shares of the schedule at which the model is asked
@@ -38,6 +38,7 @@ def zero_shot(model: torch.nn.Module, latents: Tensor, context: Tensor, pooled: 
 
 def _as_picture(attended: Tensor, size: tuple[int, int]) -> Tensor:
     """A map (b q) as (b 1 h' w'), stretched alike for all layers; h' w' = q is the latent's size halved n times."""
-    height = next(size[0] // 2**n for n in range(8) if -(-size[0] // 2**n) * -(-size[1] // 2**n) == attended.shape[1])
+    halved = ((-(-size[0] // 2**n), -(-size[1] // 2**n)) for n in range(8))
+    height = next(h for h, w in halved if h * w == attended.shape[1])
     picture = rearrange(attended, "b (h w) -> b 1 h w", h=height)
     return picture / picture.mean((2, 3), keepdim=True)

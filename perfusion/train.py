@@ -31,10 +31,9 @@ class EditRecipe(Recipe):
     """What decides the edit, besides what decides the word.
 
     `value_rate` is the learning rate of o*_V, in root mean squares of where each layer's o*_V starts when
-    `relative_values`; `learning_rate` is that of the word, `momentum` what i* keeps of itself at
-    each step (section 4.4). `own_masks` takes masks from the
-    model's own attention to the super-category where none are given. The last two are ablations: keys that are learned
-    instead of locked, and a gradient through i*.
+    `relative_values`; `learning_rate` is that of the word, `momentum` what i* keeps of itself at each step (section
+    4.4). `own_masks` takes masks from the model's own attention to the super-category where none are given. The last
+    two are ablations: keys that are learned instead of locked, and a gradient through i*.
     """
 
     value_rate: float = 0.03
@@ -57,6 +56,7 @@ class EditMethod(WordMethod):
                  lessons: Lessons) -> None:
         super().__init__(unet, clip, recipe, lessons)
         self.encoder, self.device = encoder, unet.load_device
+        self.places: dict[str, int] = {}
         self.precision = precision.to(self.device)
         self.attentions = cross_attentions(unet.model.diffusion_model)
         self.super_input = self._super_input(clip)
@@ -136,7 +136,9 @@ class EditMethod(WordMethod):
         return list(range(first, first + len(next(iter(rows(self.clip, self.recipe.init_text).values())))))
 
     def _place(self, text: str) -> int:
-        return word_places(self.clip, text, self.recipe.vectors)[0]
+        if text not in self.places:
+            self.places[text] = word_places(self.clip, text, self.recipe.vectors)[0]
+        return self.places[text]
 
     @torch.no_grad()
     def _through(self, layer: torch.nn.Module) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import floor
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -17,6 +18,11 @@ GAP = 16
 def to_pil(picture: Tensor) -> Image.Image:
     """A picture (h w 3) in 0..1."""
     return Image.fromarray((picture.cpu().clamp(0, 1).numpy() * 255).round().astype(np.uint8))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A picture as IMAGE (1 h w 3) in 0..1."""
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)[None]
 
 
 def live(losses: Sequence[float], steps: int, sample: Image.Image | None, caption: str) -> Image.Image:

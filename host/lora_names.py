@@ -1,0 +1,13 @@
+"""What LoRA files call the weights of a model."""
+
+from comfy.lora import model_lora_keys_unet
+from comfy.model_patcher import ModelPatcher
+
+
+def lora_names(model: ModelPatcher) -> dict[str, str]:
+    """What LoRA files call each weight of this model: kohya's names, after diffusers' blocks where there are such."""
+    found: dict[str, str] = {}
+    for name, weight in model_lora_keys_unet(model.model, {}).items():
+        if name.startswith("lora_unet_") and isinstance(weight, str):
+            found[weight] = name if weight not in found or "_attentions_" in name else found[weight]
+    return found
