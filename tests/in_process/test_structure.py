@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS = ("host", "training", "textual_inversion", "perfusion", "nodes")
+LAYERS = ("host", "training", "textual_inversion", "perfusion", "e4t", "nodes")
 PURE = [
     "training/disk.py", "training/draws.py", "training/dataset.py", "training/folder.py", "training/optimisers.py",
     "training/preview.py", "training/states.py", "textual_inversion/concept.py",
     "textual_inversion/word.py", "textual_inversion/templates.py", "textual_inversion/file.py",
     "textual_inversion/formats.py", "perfusion/edit.py", "perfusion/concept.py", "perfusion/corpus.py",
+    "e4t/release.py",
 ]
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "execution", "folder_paths", "nodes", "server"}
 FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
