@@ -413,3 +413,21 @@ def test_large_matrices_stay_in_the_file(tmp_path, save, ending):
     pooled, tokens, _ = features(1, **sizes)
     release.encoder.image_part(pooled, tokens)
     assert resident() - before < 24 * 2**20
+
+
+def test_offsets_at_full_size(tmp_path):
+    """573 MB become under 2 MB; the slowest test here, some seconds."""
+    channels = {block: {8: 320, 10: 640, 14: 1280}[width] for block, width in CHANNELS.items()}
+    offsets = random_offsets(channels=channels, context=768)
+    assert sum(tensor.numel() for tensor in offsets.values()) == 143_226_592  # as in the released file
+    path = write(tmp_path, encoder=random_encoder(), weight_offsets=offsets) / "weight_offsets.pt"
+    try:
+        release = read_release(tmp_path)
+    finally:
+        path.unlink()
+    assert sum(4 * (left.numel() + right.numel()) for left, right in release.offsets.values()) < 2e6
+    assert 0 < release.offset_error < 1e-5
+    for name, into, out in list(matrices(channels, 768))[7::24]:
+        left, right = release.offsets[host_layer(name)]
+        assert (len(left), right.shape[1]) == (out, into)
+        assert close(left @ right, published_offset(offsets, name))
