@@ -25,7 +25,7 @@ from ..microworld import captions
 from ..microworld.data import parallel, work
 from ..microworld.oracle import embed, load, read
 from ..microworld.world import CONCEPTS, concept_photos, super_category
-from ..nodes.train_perfusion import pace_of
+from ..nodes.train_perfusion import PRESETS, pace_of
 from ..perfusion import file
 from ..perfusion.covariance import encoder_fingerprint, precision
 from ..perfusion.masks import zero_shot
@@ -33,7 +33,6 @@ from ..perfusion.train import EditMethod, EditRecipe
 from ..perfusion.use import apply_concept
 from ..textual_inversion import file as word_file
 from ..textual_inversion.concept import Concept
-from ..textual_inversion.templates import OBJECT, PLACES
 from ..textual_inversion.train import Preview, learn_word
 from ..training.dataset import gather
 from . import textual_inversion
@@ -41,8 +40,8 @@ from .microworld import interval
 from .sampling import draw, load_checkpoint
 from .textual_inversion import HERE, PHOTOS_SEED, REAL_SEED, SCENES, judge
 
-BIASES = (0.4, 0.55, 0.65, 0.75, 0.85, 0.95, 1.05, 1.2)
-PAIRED = (0.65, 0.95)  # where locked and trained keys are compared
+BIASES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+PAIRED = (0.6, 0.8)  # where locked and trained keys are compared
 MOMENTUM = 0.9
 PAIR_SCENES = tuple(f"a {{}} left of a {{}} {places[0]}" for places in captions.PLACES.values())
 ENOUGH = 0.4  # ID of a region that counts as the concept
@@ -53,7 +52,6 @@ def learn(base, name: str, seed: int, photos: int = 4, masked: bool = True, **ch
     pictures, masks = concept_photos(name, photos, PHOTOS_SEED + seed)
     kind, clip = super_category(name), base[1]
     recipe = EditRecipe(**{"placeholder": "<mine>", "init_text": kind, "seed": seed, "momentum": MOMENTUM,
-                           "sentences": OBJECT + PLACES, "mask_floor": 0.02,
                            **pace_of("balanced", clip, kind), **changes})
     method = partial(EditMethod, precision(clip), encoder_fingerprint(clip))
     given = gather([torch.from_numpy(pictures)], [torch.from_numpy(masks)] if masked else [])
@@ -66,18 +64,14 @@ def pictures_of(base, concept: Concept, seed: int, cfg: float, **settings) -> Te
     return draw(model, clip, base[2], [scene.format("<mine>") for scene, _ in SCENES], 1000 * seed, cfg=cfg)
 
 
-def single(name: str, split: str, seeds: int, cfg: float, variants: dict[str, dict]) -> list[tuple]:
-    """(label, bias, ID, TXT, seed, name) of every set of scenes of one concept; what was measured before is kept."""
+def single(name: str, seed: int, cfg: float, variants: dict[str, dict]) -> list[tuple]:
+    """(label, bias, ID, TXT, seed, name) of every set of scenes of one training; what was measured before is kept."""
     torch.set_num_threads(1)
-    oracle, base = load(), load_checkpoint()
-    rows = []
-    for seed in range(seeds):
-        settings = json.dumps([name, seed, cfg, variants, BIASES, PAIRED])
-        path = work("concepts") / f"{stem(name, seed, 'rows')}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.json"
-        if not path.exists():
-            path.write_text(json.dumps(one_seed(oracle, base, name, seed, cfg, variants)))
-        rows += [tuple(row) for row in json.loads(path.read_text())]
-    return rows
+    settings = json.dumps([name, seed, cfg, variants, BIASES, PAIRED, PRESETS["balanced"]])
+    path = work("concepts") / f"{stem(name, seed, 'rows')}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.json"
+    if not path.exists():
+        path.write_text(json.dumps(one_seed(load(), load_checkpoint(), name, seed, cfg, variants)))
+    return [tuple(row) for row in json.loads(path.read_text())]
 
 
 def one_seed(oracle, base, name: str, seed: int, cfg: float, variants: dict[str, dict]) -> list[tuple]:
@@ -248,8 +242,8 @@ def main() -> None:
     names = [name for name, concept in CONCEPTS.items() if concept.split == args.split][: args.concepts]
     if args.part in ("single", "settings"):
         variants = args.variants or {"locked keys": {}, "trained keys": {"train_keys": True}}
-        each = ([value] * len(names) for value in (args.split, args.seeds, args.cfg, variants))
-        result = summary([row for part in parallel(single, names, *each) for row in part])
+        jobs = [(name, seed, args.cfg, variants) for seed in range(args.seeds) for name in names]
+        result = summary([row for part in parallel(single, *zip(*jobs, strict=True)) for row in part])
     elif args.part == "pairs":
         result = pairs(names, args.seeds, args.cfg, args.bias) | {"bias": args.bias, "enough ID": ENOUGH}
     else:

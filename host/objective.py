@@ -1,12 +1,13 @@
 """The loss a diffusion model was trained with, whatever it predicts (noise, velocity, flow, the image itself)."""
 
-from typing import Any
-
-import comfy.model_management
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_base import BaseModel
 from torch import Tensor
+
+# PyTorch's attention has a backward on every device and keeps no attention maps for it. The host takes it for Nvidia
+# cards only; Sage and Flash have no backward, and the split ones are slow through it.
+ATTENTION = {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
 
 
 def denoising_error(
@@ -23,7 +24,7 @@ def denoising_error(
     sigma = sampling.sigmas.to(latents.device)[timesteps]
     noisy = sampling.noise_scaling(sigma, noise, latents)
     conditions = _conditions(model, noise, context, pooled)
-    denoised = model.apply_model(noisy, sigma, transformer_options=_options(), **conditions)
+    denoised = model.apply_model(noisy, sigma, transformer_options=dict(ATTENTION), **conditions)
     weight = output_scale(sampling, sigma).pow(-2)
     if snr_cap:
         weight = signal_to_noise(sampling, sigma).clamp(max=snr_cap)
@@ -46,13 +47,6 @@ def output_scale(sampling: torch.nn.Module, sigma: Tensor) -> Tensor:
 def timestep_count(model: BaseModel) -> int:
     """How many noise levels the model was trained on."""
     return len(model.model_sampling.sigmas)
-
-
-def _options() -> dict[str, Any]:
-    """PyTorch's attention in place of Sage and Flash, whose kernels have no backward."""
-    if comfy.model_management.sage_attention_enabled() or comfy.model_management.flash_attention_enabled():
-        return {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
-    return {}
 
 
 def _conditions(model: BaseModel, noise: Tensor, context: Tensor, pooled: Tensor | None) -> dict[str, Tensor]:

@@ -24,9 +24,9 @@ from .training_inputs import (
 )
 
 PRESETS = {  # rates are in root mean squares of what they move: the class word's numbers, its values in each layer
-    "balanced": {"steps": 200, "rate": 0.1, "value_rate": 0.4, "batch_size": 4},
-    "quick": {"steps": 80, "rate": 0.1, "value_rate": 0.6, "batch_size": 4},
-    "thorough": {"steps": 400, "rate": 0.1, "value_rate": 0.3, "batch_size": 4},
+    "balanced": {"steps": 300, "rate": 0.007, "value_rate": 0.4, "batch_size": 4},
+    "quick": {"steps": 120, "rate": 0.007, "value_rate": 0.6, "batch_size": 4},
+    "thorough": {"steps": 600, "rate": 0.007, "value_rate": 0.3, "batch_size": 4},
 }
 
 
@@ -58,7 +58,7 @@ class ConceptsTrainPerfusion(io.ComfyNode):
                     )),
                 ]),
                 chosen_seed(),
-                *how_to_look(kind="object in places", mask_floor=0.02),
+                *how_to_look(kind="object", mask_floor=0.1),
                 io.Boolean.Input("own_masks", default=True, advanced=True, tooltip=(
                     "Without masks, find the thing by where the model looks for the init text, so that backgrounds "
                     "are not learned."

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .concept import Edit
-from .edit import change, components, dual_of, gate, similarity
+from .edit import change, components, dual_of, gate, gate_of_kin, similarity, withheld
 
 BIAS, TEMPERATURE = 0.75, 0.15
+KEYS, VALUES = 0, 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +20,11 @@ class Applied:
 
     `dual` (d) is C⁻¹ i*. `bias` β and `temperature` τ shape the gate. At `strength` 0 the concept's values are those
     of its super-category, at 1 those learned; `key_strength` scales the whole edit of the keys. `start` and `end` are
-    shares of the sampling. `everywhere` also edits prompts without the concept, as in the paper.
+    shares of the sampling.
+
+    A token that holds nothing of the concept gives nothing of it (`gate_of_kin`), and what the gate withholds of a
+    concept stays its super-category (`withheld`), so that a high bias draws that instead of erasing it. `everywhere` is
+    equation 3 to the letter instead: neither of these, and also in prompts without the concept.
     """
 
     edit: Edit
@@ -59,9 +64,9 @@ class Call:
     def __init__(self, layers: Sequence[str], edits: Sequence[Applied], encodings: Tensor | None = None) -> None:
         """With `encodings` (b n d) every layer is taken to receive these, as in training."""
         self.layers, self.edits = layers, edits
-        self.known: dict[int, tuple[Tensor, ...]] = {}
+        self.known: dict[int, tuple] = {}
         self.seen: list[Tensor] = []
-        self.only: tuple[Tensor, Tensor] | None = None
+        self.only: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
         if encodings is not None:
             self.only = self._amounts(encodings)
 
@@ -71,25 +76,33 @@ class Call:
 
     def keys(self, name: str, forward: Callable, encodings: Tensor) -> Tensor:
         """Locked keys: o*_K = W_K·(super-category), whatever the model's weights are now."""
-        h = forward(encodings)
-        if encodings.shape[-1] != len(self.edits[0].dual):
-            return h
-        c, g = self._amounts(encodings)
-        inputs, outputs = self._through(forward, encodings)
-        if any(name in a.edit.keys for a in self.edits):
-            outputs = torch.stack([a.edit.keys.get(name, o).to(o) for a, o in zip(self.edits, outputs, strict=True)])
-        return h + change(c * self.key_strength, g * self.key_strength, inputs, outputs).to(h)
+        trained = [a.edit.keys.get(name) for a in self.edits]
+
+        def learned(locked: Tensor) -> Tensor:
+            return torch.stack([o if key is None else key.to(o) for o, key in zip(locked, trained, strict=True)])
+
+        return self._edited(forward, encodings, learned if any(key is not None for key in trained) else None, KEYS)
 
     def values(self, name: str, forward: Callable, encodings: Tensor) -> Tensor:
+        """o*_V, from the super-category's own values at strength 0 to those learned at 1."""
+        return self._edited(
+            forward, encodings, lambda own: torch.lerp(own, self.learned[name], self.strength[:, None]), VALUES
+        )
+
+    def _edited(self, forward: Callable, encodings: Tensor, learned: Callable[[Tensor], Tensor] | None,
+                kind: int) -> Tensor:
+        """W e + Δh, where `learned` makes o* (j d_l) of W·(super-category), or leaves it at that."""
         h = forward(encodings)
         if encodings.shape[-1] != len(self.edits[0].dual):
             return h
-        c, g = self._amounts(encodings)
-        inputs, outputs = self._through(forward, encodings)
-        return h + change(c, g, inputs, torch.lerp(outputs, self.learned[name], self.strength[:, None])).to(h)
+        c, g, kept = self._amounts(encodings)[kind]
+        inputs, own = self._through(forward, encodings)
+        if learned is None:
+            return h + change(c, g + kept, inputs, own).to(h)
+        return h + (change(c, g, inputs, learned(own)) + kept @ own).to(h)
 
-    def _amounts(self, encodings: Tensor) -> tuple[Tensor, Tensor]:
-        """Components and gates (b n j) of encodings (b n d)."""
+    def _amounts(self, encodings: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Components, gates and what these withhold (b n j) of encodings (b n d), for keys and for values."""
         if self.only is not None:
             return self.only
         if not self.known:
@@ -97,10 +110,13 @@ class Call:
         if id(encodings) not in self.known:
             s = similarity(encodings.float(), self.inputs, self.dual)
             present = s.amax(1, keepdim=True) >= self.presence
-            c = components(s, self.inputs, self.dual, present.expand_as(s))
             self.seen.append(present.flatten(0, 1).any(0))
-            self.known[id(encodings)] = encodings, c, gate(s, self.bias, self.temperature) * present
-        return self.known[id(encodings)][1:]
+            c = components(s, self.inputs, self.dual, present.expand_as(s))
+            published, kin = gate(s, self.bias, self.temperature), gate_of_kin(s, self.bias, self.temperature)
+            g = torch.where(self.everywhere, published, kin) * present
+            values = c, g, withheld(c, g) * ~self.everywhere
+            self.known[id(encodings)] = encodings, (tuple(amount * self.key_strength for amount in values), values)
+        return self.known[id(encodings)][1]
 
     def _through(self, forward: Callable, encodings: Tensor) -> tuple[Tensor, Tensor]:
         """W i* and W·(super-category) (j d_l), fp32, with all that LoRAs and quantisation make of W."""
@@ -119,3 +135,4 @@ class Call:
             [a.bias, a.temperature, float("-inf") if a.everywhere else a.edit.presence, a.strength, a.key_strength]
             for a in self.edits
         ]).T.to(device)
+        self.everywhere = torch.tensor([a.everywhere for a in self.edits], device=device)

@@ -10,7 +10,7 @@ from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
 from ..training.preview import FAINT, INK, LINE, PANEL, PAPER, RAW
 from .apply import BIAS, TEMPERATURE
-from .edit import dual_of, gate, similarity
+from .edit import dual_of, gate_of_kin, similarity
 
 ROW, NAME_WIDTH, BAR_WIDTH = 26, 220, 360
 
@@ -18,12 +18,12 @@ ROW, NAME_WIDTH, BAR_WIDTH = 26, 220, 360
 @torch.no_grad()
 def gates(clip: CLIP, concept: Concept, precision: Tensor, prompt: str, bias: float = BIAS,
           temperature: float = TEMPERATURE) -> list[tuple[str, float, float]]:
-    """Each token of a prompt up to its end with its similarity to i* and its gate (equation 3)."""
+    """Each token of a prompt up to its end with its similarity to i* and its gate, as `apply` has it."""
     taught = apply_words(clip, concept, 1.0)
     target = concept.edit.target_input[None]
     encodings = encode(ready(taught), prompt)[0][0].float().cpu()
     s = similarity(encodings, target, dual_of(target, precision).float())[:, 0]
-    open_ = gate(s, bias, temperature)
+    open_ = gate_of_kin(s, bias, temperature)
     return [(word, s[place].item(), open_[place].item()) for place, word in enumerate(written_words(taught, prompt))]
 
 

@@ -87,7 +87,7 @@ class EditMethod(WordMethod):
         if self.recipe.through_target:
             target = target + met - met.detach()
         training = Applied(self._edit(target), self._dual(target), self.recipe.placeholder, self.recipe.bias,
-                           self.recipe.temperature, everywhere=True)
+                           self.recipe.temperature)
         self.call = Call(list(self.attentions), [training], context.to(self.device))
         return self.error_under(batch, context, pooled)
 
@@ -118,7 +118,7 @@ class EditMethod(WordMethod):
         return leaf.detach().square().mean().sqrt().item() if self.recipe.relative_values else 1.0
 
     def _edit(self, target: Tensor) -> Edit:
-        return Edit(target, self.super_input, **self.outputs)
+        return Edit(target, self.super_input, presence=float("-inf"), **self.outputs)
 
     def _dual(self, target: Tensor) -> Tensor:
         return target @ self.precision

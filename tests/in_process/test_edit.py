@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from concepts_pack.perfusion.edit import change, components, dual_of, gate, rank_one, similarity
+from concepts_pack.perfusion.edit import change, components, dual_of, gate, gate_of_kin, rank_one, similarity, withheld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -119,6 +119,20 @@ def test_the_gate_is_a_sigmoid_of_the_distance_to_the_bias():
     ):
         np.testing.assert_allclose(gate(s, bias, temperature), expected, atol=6e-4)
         np.testing.assert_allclose(gate(s, bias, temperature), 1 / (1 + np.exp((bias - s.numpy()) / temperature)))
+
+
+def test_the_gate_of_kin_is_closed_to_strangers():
+    """0 at and below s = 0 for any bias, rising with s, and the published gate where that is closed at 0."""
+    s = torch.linspace(-1, 1.5, 101, dtype=torch.float64)
+    for bias, temperature in ((0.75, 0.1), (0.4, 0.15), (-0.5, 0.3)):
+        found = gate_of_kin(s, bias, temperature)
+        assert (found[s <= 0] == 0).all() and (found[s > 0].diff() > 0).all() and (found < 1).all()
+    np.testing.assert_allclose(gate_of_kin(s, 0.75, 0.05), gate(s, 0.75, 0.05), atol=1e-6)
+
+
+def test_what_is_withheld_is_the_rest():
+    c, g = torch.tensor([1.0, 1.0, 0.2, -0.5]), torch.tensor([0.25, 1.5, 0.0, 0.0])
+    assert withheld(c, g).tolist() == [0.75, 0.0, pytest.approx(0.2), 0.0]
 
 
 @law(seeds)

@@ -62,21 +62,29 @@ def patched(model, edit, precision, **settings):
     return with_edits(model, [applied(edit, precision, "<mine>", **settings)], overrides)
 
 
-def test_the_equation_of_the_paper(model, edit, precision, prompts):
-    """Against equation (3) written with W itself: h = W (e - s i*) + σ((s - β)/τ) o*."""
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_the_equation_of_the_paper(model, edit, precision, prompts, everywhere):
+    """Against equation (3) written with W itself: h = W (e - s i*) + σ((s - β)/τ) o*.
+
+    Unless it acts everywhere, the gate starts from 0 at s = 0, and what it withholds stays the super-category.
+    """
     context = prompts[0]
-    one = applied(edit, precision, "<mine>", bias=0.6, temperature=0.15)
+    one = applied(edit, precision, "<mine>", bias=0.6, temperature=0.15, everywhere=everywhere)
     attentions = cross_attentions(model.model.diffusion_model)
     layers, met = overrides(attentions, [one])
     inverse, i = precision.double(), edit.target_input.double()
     s = context.double() @ inverse @ i / (i @ inverse @ i)
-    gate = 1 / (1 + torch.exp(-(s - 0.6) / 0.15))
+    gate, floor = (1 / (1 + torch.exp(-(x - 0.6) / 0.15)) for x in (s, torch.zeros_like(s)))
+    gate = gate if everywhere else torch.relu(gate - floor) / (1 - floor)
+    kept = torch.zeros_like(s) if everywhere else torch.relu(s - gate)
+    assert (kept > 0.01).any() != everywhere
     with torch.inference_mode(False), torch.no_grad(), overridden(layers):
         for name, attention in attentions.items():
             for layer, output in ((attention.to_k, None), (attention.to_v, edit.values[name])):
                 weight = layer.weight.double()
-                output = weight @ edit.super_input.double() if output is None else output.double()
-                expected = (context.double() - s[..., None] * i) @ weight.T + gate[..., None] * output
+                own = weight @ edit.super_input.double()
+                expected = (context.double() - s[..., None] * i) @ weight.T + kept[..., None] * own
+                expected += gate[..., None] * (own if output is None else output.double())
                 torch.testing.assert_close(layer(context).double(), expected, rtol=1e-4, atol=1e-4)
     assert met().tolist() == [True]
 
