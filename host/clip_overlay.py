@@ -66,6 +66,40 @@ def with_words(clip: CLIP, words: Iterable[Word]) -> CLIP:
     return overlaid
 
 
+def words_in(clip: CLIP, text: str) -> list[Word]:
+    """The learned words of overlays on `clip` that occur in `text`, each once."""
+    known = {placeholder: word for tokenizer in _overlaid(clip).values()
+             for placeholder, word in tokenizer.learned_words.items()}
+    met = _pattern(known).findall(text) if known else []
+    return [known[placeholder] for placeholder in dict.fromkeys(map(str.lower, met))]
+
+
+def instead(clip: CLIP, words: Iterable[Word]) -> CLIP:
+    """A clone of `clip` in which placeholders that it knows stand for `words` instead."""
+    changed = {word.placeholder.lower(): word for word in words}
+    other = clip.clone()
+    other.tokenizer = copy.copy(clip.tokenizer)
+    for name, tokenizer in _overlaid(clip).items():
+        inner = copy.copy(tokenizer)
+        inner.learned_words = tokenizer.learned_words | changed
+        setattr(other.tokenizer, name, inner)
+    return other
+
+
+def word_numbers(clip: CLIP, text: str) -> dict[str, list[list[int]]]:
+    """For each encoder and section the word that each token belongs to; 0 for start, end and padding.
+
+    A learned word is one of these words, and so is the text between two.
+    """
+    return {name: [[number for *_, number in section]
+                   for section in tokenizer.tokenize_with_weights(text, return_word_ids=True)]
+            for name, tokenizer in _overlaid(clip).items()}
+
+
+def _overlaid(clip: CLIP) -> dict[str, _WordTokenizer]:
+    return {name: inner for name, inner in vars(clip.tokenizer).items() if isinstance(inner, _WordTokenizer)}
+
+
 def _overlay(tokenizer: SDTokenizer, words: list[Word]) -> SDTokenizer:
     known = dict(getattr(tokenizer, "learned_words", {}))
     for word in words:

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply_concept import ConceptsApply, ConceptsApplyStack, ConceptsHook
 from .concept_files import ConceptsBundle, ConceptsLoad, ConceptsLoadLoraWords, ConceptsSave
+from .encode_global_keys import ConceptsEncodeGlobalKeys
 from .export_lora import ConceptsExportLora
 from .inline_concept import ConceptsInline
 from .inspect_concept import ConceptsInspect
@@ -28,6 +29,7 @@ class ConceptsExtension(ComfyExtension):
             ConceptsApply,
             ConceptsApplyStack,
             ConceptsHook,
+            ConceptsEncodeGlobalKeys,
             ConceptsInline,
             ConceptsExportLora,
             ConceptsInspect,
