@@ -1,0 +1,79 @@
+"""Relative changes of the attention matrices: as the host's own kind of patch, beside LoRAs, and while training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.model_management import cast_to_device
+from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter.base import WeightAdapterBase
+from torch import Tensor
+from torch.nn.functional import linear
+
+PARTS = ("to_q", "to_k", "to_v")
+
+
+class Offset(Protocol):
+    """Factors of the relative change Δ = left @ right of one matrix (out in): `left` (out r), `right` (r in)."""
+
+    left: Tensor
+    right: Tensor
+
+
+class OffsetAdapter(WeightAdapterBase):
+    """W ⊙ (1 + strength · Δ), as the host applies its own adapters."""
+
+    name = "offset"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple[Tensor, Tensor]) -> None:
+        self.loaded_keys, self.weights = loaded_keys, weights
+
+    def calculate_weight(self, weight, key, strength, strength_model, offset, function,
+                         intermediate_dtype=torch.float32, original_weight=None):
+        left, right = (cast_to_device(factor, weight.device, intermediate_dtype) for factor in self.weights)
+        weight += function((strength * (left @ right) * weight.to(intermediate_dtype)).to(weight.dtype))
+        return weight
+
+
+def attention_matrices(unet: torch.nn.Module, parts: Sequence[str] = PARTS) -> dict[str, torch.nn.Module]:
+    """The linear layers q, k and v of self- and cross-attention in every transformer block, by their name in the UNet.
+
+    Of `parts`, `to_out.0` is the layer after attention.
+    """
+    return {f"{name}.{attention}.{part}": getattr(block, attention).get_submodule(part)
+            for name, block in unet.named_modules() if isinstance(block, BasicTransformerBlock)
+            for attention in ("attn1", "attn2") if getattr(block, attention) is not None for part in parts}
+
+
+def matrix_shapes(model: ModelPatcher, parts: Sequence[str] = PARTS) -> dict[str, tuple[int, int]]:
+    """Numbers out and in of each attention matrix, by its name."""
+    matrices = attention_matrices(model.model.diffusion_model, parts)
+    return {name: (layer.out_features, layer.in_features) for name, layer in matrices.items()}
+
+
+def with_offsets(model: ModelPatcher, offsets: Mapping[str, Offset], strength: float) -> ModelPatcher:
+    """A clone of `model` whose matrices are changed before LoRAs add to them, in whichever order the two are given."""
+    patched = model.clone()
+    patches = {f"diffusion_model.{layer}.weight": OffsetAdapter({layer}, (offset.left, offset.right))
+               for layer, offset in offsets.items()}
+    patched.add_patches(patches, strength)
+    for key in patches:
+        *others, own = patched.patches[key]
+        patched.patches[key] = [own, *others]
+    return patched
+
+
+def offset_layers(
+    unet: torch.nn.Module, changed: Callable[[str, Tensor], Tensor], parts: Sequence[str] = PARTS
+) -> dict[torch.nn.Module, Callable]:
+    """What `host.cross_attention.overridden` takes so that layers compute with `changed(name, weight)` (out in)."""
+
+    def through(name: str, layer: torch.nn.Module, forward: Callable, x: Tensor) -> Tensor:
+        weight = changed(name, layer.weight)
+        if weight is layer.weight:
+            return forward(x)
+        return linear(x, weight.to(x), None if layer.bias is None else layer.bias.to(x))
+
+    return {layer: partial(through, name, layer) for name, layer in attention_matrices(unet, parts).items()}
