@@ -216,6 +216,82 @@ def test_compiled_models(model, edit, precision, prompts):
                                rtol=1e-4, atol=1e-4)
 
 
+def test_merged_models(model, edit, precision, prompts):
+    """A concept on the first model stays on it; its keys are locked through the merged weights."""
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    other, merge = model.clone(), ModelMergeSimple().merge
+    draw = generator(6)
+    other.add_patches({name: (torch.randn(weight.shape, generator=draw) * 0.3,)
+                       for name, weight in model.model.state_dict().items() if "attn2.to_" in name})
+    after = patched(merge(model, other, 0.4)[0], edit, precision)
+    before = merge(patched(model, edit, precision), other, 0.4)[0]
+    results = [sample(m, cond(prompts[0]), cond(prompts[1])) for m in (before, after, patched(model, edit, precision))]
+    assert torch.equal(*results[:2]) and not torch.equal(*results[1:])
+
+
+def small_control_net():
+    import comfy.cldm.cldm
+    import comfy.controlnet
+
+    from .conftest import HEADS, UNET, fill
+
+    network = comfy.cldm.cldm.ControlNet(**UNET | HEADS, hint_channels=3)
+    fill(network, 8)
+    return comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
+
+
+def test_with_a_control_net(model, edit, precision, prompts):
+    """It reads the prompt as it is and is not edited; what it adds and what the concept changes both count."""
+    from nodes import ControlNetApplyAdvanced
+
+    control = small_control_net()
+    heard, forward = [], control.control_model.forward
+    control.control_model.forward = lambda *args, **kwargs: heard.append(kwargs["context"]) or forward(*args, **kwargs)
+    picture = torch.rand(1, 64, 64, 3, generator=generator(5))
+    pair = cond(prompts[0]), cond(prompts[1])
+    steered = ControlNetApplyAdvanced().apply_controlnet(*pair, control, picture, 1.0, 0.0, 1.0)
+    one = patched(model, edit, precision)
+    plain, edited, controlled, both = (sample(m, *conds, steps=1) for conds in (pair, steered) for m in (model, one))
+    assert not any(torch.equal(both, single) for single in (plain, edited, controlled))
+    assert heard and all(any(torch.equal(row, prompt[0]) for prompt in prompts) for read in heard for row in read)
+    assert torch.equal(sample(model, *steered, steps=1), controlled)
+
+
+def test_areas(model, edit, precision, prompts):
+    """Only the area of the prompt that has the concept changes in a step."""
+    from nodes import ConditioningSetArea
+
+    left, right = (ConditioningSetArea().append(cond(prompt), 32, 64, x, 0, 1.0)[0]
+                   for prompt, x in zip(prompts, (0, 32), strict=True))
+    one = patched(model, edit, precision)
+    plain, edited = (sample(m, [*left, *right], cond(prompts[1]), steps=1) for m in (model, one))
+    assert torch.equal(plain[..., 4:], edited[..., 4:]) and not torch.equal(plain[..., :4], edited[..., :4])
+
+
+@pytest.mark.parametrize("weight", [0.8, 1.2, 1.5])
+def test_weights_of_words(model, clip, precision, weight):
+    """The key of `(<mine>:1.2)` has as much more of the super-category as the encoding has of the concept."""
+    from concepts_pack.host.key_text import conditioning_of
+    from concepts_pack.textual_inversion.apply import apply_words
+
+    word = Word("<mine>", "cat", {"clip_l": torch.randn(1, WIDTH, generator=generator(7))})
+    known = apply_words(clip, Concept((word,), None, BASE), 1.0)
+    target, context = (conditioning_of(known, f"a (<mine>:{w}) at sea")[0][0] for w in (1.0, weight))
+    edit = edit_of(model, target[0, 2].clone(), presence=0.6)
+    one = applied(edit, precision, "<mine>")
+    layers, met = overrides(cross_attentions(model.model.diffusion_model), [one])
+    token, i, dual = context[0, 2].double(), edit.target_input.double(), one.dual.double()
+    s = token @ dual / (i @ dual)
+    assert (s > 1) == (weight > 1)
+    to_k = next(iter(cross_attentions(model.model.diffusion_model).values())).to_k
+    with torch.inference_mode(), overridden(layers):
+        key = to_k(context)[0, 2].double()
+    moved = token + s * (edit.super_input.double() - i)
+    torch.testing.assert_close(key, to_k.weight.double() @ moved, rtol=1e-4, atol=1e-4)
+    assert met().tolist() == [True]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_weights_stored_in_few_bits(dtype, precision, prompts):
     import comfy.model_base
