@@ -4,7 +4,7 @@ from pathlib import Path
 
 import folder_paths
 
-CONCEPTS = "concepts"
+CONCEPTS, DOMAINS = "concepts", "e4t"
 
 
 def file_names(kind: str, endings: tuple[str, ...]) -> list[str]:
@@ -21,9 +21,18 @@ def file_path(kind: str, name: str) -> Path:
 
 
 def register() -> None:
-    """Makes models/concepts a folder of models, after those the user configured. Calling it twice changes nothing."""
-    folder_paths.add_model_folder_path(CONCEPTS, str(Path(folder_paths.models_dir) / CONCEPTS))
-    folder_paths.folder_names_and_paths[CONCEPTS][1].add(".safetensors")
+    """Makes models/concepts and models/e4t folders of models, after those the user configured.
+
+    Calling it twice changes nothing.
+    """
+    for kind in (CONCEPTS, DOMAINS):
+        folder_paths.add_model_folder_path(kind, str(Path(folder_paths.models_dir) / kind))
+        folder_paths.folder_names_and_paths[kind][1].add(".safetensors")
+
+
+def domains_folder() -> Path:
+    """The first folder of E4T domains, where new ones are saved."""
+    return Path(folder_paths.get_folder_paths(DOMAINS)[0])
 
 
 def concepts_folder() -> Path:

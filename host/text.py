@@ -2,7 +2,8 @@
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from math import lcm
 from uuid import uuid4
 
@@ -53,6 +54,23 @@ def encode_all(clip: CLIP, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]
     pooled = [encoded[text][1] for text in texts]
     return (torch.cat([context.repeat(1, length // context.shape[1], 1) for context in contexts]),
             None if pooled[0] is None else torch.cat(pooled))
+
+
+def encode_words(clip: CLIP, texts: Sequence[str], vectors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Encodes the first section of each of `texts` in one go, each with its own vectors for a learned word of `clip`.
+
+    Gradients flow into `vectors` (b n d), by encoder, which replace those that the word has. Contexts (b t d) and
+    pooled vectors (b p). Weights in brackets are not heeded.
+    """
+    _encoder_at_work(clip)
+    sections = [{name: parts[0] for name, parts in clip.tokenize(text).items()} for text in texts]
+    contexts = []
+    for name, encoder in encoders(clip).items():
+        lists = [_with_vectors([token for token, *_ in section[name.removeprefix("clip_")]], own)
+                 for section, own in zip(sections, vectors[name], strict=True)]
+        context, pooled, *_ = encoder.encode(lists)
+        contexts.append(context)
+    return torch.cat(contexts, -1), pooled
 
 
 def encode_batch(clip: CLIP, texts: Sequence[str]) -> list[Tensor]:
@@ -135,6 +153,12 @@ def vocabulary(clip: CLIP, encoder: str) -> tuple[list[str], Tensor]:
     words = {token.removesuffix("</w>"): row for token, row in tokens.items() if token.endswith("</w>")}
     table = _embedding(encoders(clip)[encoder]).weight.detach().cpu()
     return list(words), table[list(words.values())]
+
+
+def _with_vectors(tokens: list[int | Tensor], vectors: Tensor) -> list[int | Tensor]:
+    """Tokens with `vectors` (n d) in place of the learned ones among them, from the first again after the last."""
+    own = cycle(vectors.unbind(0))
+    return [next(own) if isinstance(token, Tensor) else token for token in tokens]
 
 
 def _encoder_at_work(clip: CLIP) -> torch.nn.Module:

@@ -28,7 +28,7 @@ def draw(latents: Tensor, levels: int, batch_size: int, seed: int, step: int) ->
     Photos come in shuffled rounds, each once per round. One noise level is drawn from each of `batch_size` equal
     parts of the `levels`, which keeps every level equally likely and the loss of a batch steadier.
     """
-    generator = _generator(seed, "step", step)
+    generator = seeded(seed, "step", step)
     photos = _photos(len(latents), batch_size, seed, step)
     views = torch.randint(latents.shape[1], (batch_size,), generator=generator)
     strata = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
@@ -48,10 +48,11 @@ def draw(latents: Tensor, levels: int, batch_size: int, seed: int, step: int) ->
 def _photos(count: int, batch_size: int, seed: int, step: int) -> Tensor:
     places = range(step * batch_size, (step + 1) * batch_size)
     rounds = {place // count: None for place in places}
-    orders = {r: torch.randperm(count, generator=_generator(seed, "round", r)) for r in rounds}
+    orders = {r: torch.randperm(count, generator=seeded(seed, "round", r)) for r in rounds}
     return torch.stack([orders[place // count][place % count] for place in places])
 
 
-def _generator(seed: int, purpose: str, number: int) -> torch.Generator:
+def seeded(seed: int, purpose: str, number: int) -> torch.Generator:
+    """The generator of one purpose at one step of a run."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

@@ -23,7 +23,7 @@ def read_folder(folder: Path) -> list[Photo]:
     A photo's caption is the .txt of its name; its mask is name.mask.png, white on the subject, else its alpha channel.
     Raises ValueError that names the folder or file that cannot be used.
     """
-    photos = [_read(path) for path in _pictures(folder)]
+    photos = [read_photo(path) for path in pictures_in(folder)]
     if not photos:
         raise ValueError(f"There are no pictures in {folder.name} (of {', '.join(e[1:] for e in ENDINGS)}).")
     return photos
@@ -38,16 +38,18 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
+def pictures_in(folder: Path) -> Iterator[Path]:
+    """The pictures of a folder without the masks among them, and those of its `10_name` subfolders ten times."""
     for path in sorted(folder.iterdir()):
         repeats = REPEATS.fullmatch(path.name)
         if path.is_dir() and repeats:
-            yield from [inner for inner in _pictures(path) for _ in range(int(repeats[1]))]
+            yield from [inner for inner in pictures_in(path) for _ in range(int(repeats[1]))]
         elif path.suffix.lower() in ENDINGS and not path.name.lower().endswith(MASK_ENDINGS):
             yield path
 
 
-def _read(path: Path) -> Photo:
+def read_photo(path: Path) -> Photo:
+    """A picture with the mask and the caption beside it. Raises ValueError that names the file it cannot use."""
     picture, mask = _pixels(path)
     beside = next((other for ending in MASK_ENDINGS if (other := path.with_name(path.stem + ending)).exists()), None)
     if beside is not None:

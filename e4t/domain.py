@@ -1,0 +1,198 @@
+"""The domain file, models/e4t/*.safetensors: an encoder and weight offsets as fp16 tensors with string metadata.
+
+Tensors are `encoder.` and the name of a parameter, and `left.` or `right.` and a layer for the factors of its offset.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..textual_inversion.file import checked_name, free_path, parsed, with_metadata
+from ..training.disk import write_whole
+from .encoder import Encoder, Shape
+from .offsets import Offset
+
+FORMAT = 1
+ENDING = ".safetensors"
+LARGEST = 512 * 2**20  # bytes
+MOST = 2**16  # layers, levels, or numbers in a vector
+MOST_LEVELS, MOST_RANK = 64, 3
+LAYER = re.compile(r"\w+(\.\w+)*\.attn[12]\.to_[qkv]", re.ASCII)
+VALUE = re.compile(r"\w+(\.\w+)*", re.ASCII)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Domain:
+    """What pretraining learned of a class of things.
+
+    `word` is the class word that predicted words start from, `scale` the size of an offset of 1 in root mean squares of
+    its numbers. `base` is the family of checkpoints; `model` and `text` are fingerprints of the UNet and of the text
+    encoder that it was learned on.
+    """
+
+    word: str
+    base: str
+    encoder: Encoder
+    offsets: Mapping[str, Offset]
+    scale: float = 1.0
+    model: str = ""
+    text: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def to_bytes(domain: Domain) -> bytes:
+    """The file of a domain; equal domains give equal bytes. Raises ValueError for numbers that fp16 cannot hold."""
+    tensors = {f"encoder.{name}": tensor for name, tensor in domain.encoder.state_dict().items()}
+    for layer, offset in domain.offsets.items():
+        tensors |= {f"left.{layer}": offset.left, f"right.{layer}": offset.right}
+    data = with_metadata(
+        safetensors.torch.save({name: t.detach().cpu().half().contiguous() for name, t in tensors.items()}),
+        {
+            **domain.metadata,
+            "concepts.format": str(FORMAT),
+            "concepts.method": "e4t",
+            "concepts.class_word": domain.word,
+            "concepts.encoder": domain.text,
+            "e4t.model": domain.model,
+            "e4t.scale": repr(domain.scale),
+            "e4t.shape": json.dumps(asdict(domain.encoder.shape), separators=(",", ":")),
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": f"{domain.base}/e4t",
+            "modelspec.base_model": domain.base,
+        },
+    )
+    from_bytes(data, domain.word)  # what could not be read again is not written
+    return data
+
+
+def save(domain: Domain, folder: Path, name: str, overwrite: bool = False) -> Path:
+    """Writes `folder/name.safetensors`, whole or not at all, and returns its path.
+
+    A name that is taken gets a counter unless `overwrite`. Raises ValueError for a name that cannot be one, or with
+    the reason when the disk refuses.
+    """
+    data = to_bytes(domain)
+    path = free_path(folder, checked_name(name), ENDING, overwrite)
+    write_whole(path, data)
+    return path
+
+
+def load(path: Path) -> Domain:
+    """Reads a domain. Raises ValueError that says what is wrong."""
+    try:
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise ValueError(f"{path.name} is not an E4T domain: it is {size >> 20} MB large.")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path.name} is not a readable safetensors file: {error.strerror or error}.") from error
+    return from_bytes(data, path.name)
+
+
+def from_bytes(data: bytes, name: str) -> Domain:
+    """Reads a domain out of the bytes of its file; `name` is what errors call it.
+
+    Raises ValueError with one sentence unless every name, shape, type and number is what a domain has.
+    """
+    metadata, tensors = parsed(data, name)
+    _check_header(name, metadata)
+    tensors = {key: _checked(name, key, tensor) for key, tensor in tensors.items()}
+    shape = _shape(name, metadata)
+    encoder = _encoder(name, shape, {key: t for key, t in tensors.items() if key.startswith("encoder.")})
+    offsets = _offsets(name, {key: t for key, t in tensors.items() if not key.startswith("encoder.")})
+    return Domain(metadata.get("concepts.class_word", ""), metadata.get("modelspec.base_model", ""), encoder, offsets,
+                  _scale(name, metadata), metadata.get("e4t.model", ""), metadata.get("concepts.encoder", ""), metadata)
+
+
+def _check_header(name: str, metadata: Mapping[str, str]) -> None:
+    if metadata.get("concepts.method") != "e4t":
+        raise ValueError(f"{name} is not an E4T domain: its header names no such method.")
+    version = metadata.get("concepts.format", "")
+    if version != str(FORMAT):
+        mend = "update ComfyUI-Concepts" if re.fullmatch("[1-9][0-9]*", version) else "it is damaged"
+        raise ValueError(f"{name} has domain format {version[:20]!r} and this version of the pack reads {FORMAT}; "
+                         f"{mend}.")
+    if not metadata.get("concepts.class_word", "").strip():
+        raise ValueError(f"{name} is damaged: it names no class word.")
+
+
+def _checked(name: str, key: str, tensor: Tensor) -> Tensor:
+    """The tensor in single precision, if it is made of finite numbers."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} is damaged: {key[:80]!r} is {str(tensor.dtype).removeprefix('torch.')}.")
+    with torch.inference_mode(False):
+        tensor = tensor.to(torch.float32, copy=True)
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} is damaged: {key[:80]!r} holds values that are not finite numbers.")
+    return tensor
+
+
+def _shape(name: str, metadata: Mapping[str, str]) -> Shape:
+    try:
+        given = json.loads(metadata.get("e4t.shape", ""))
+        shape = Shape(**{**given, "levels": tuple(given["levels"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{name} is damaged: its e4t.shape is no shape of an encoder.") from error
+    sizes = (*shape.levels, shape.unet, shape.side, shape.width, shape.code)
+    parts = (shape.words, shape.values)
+    if (not isinstance(shape.stem, bool) or not shape.levels or not all(isinstance(p, dict) and p for p in parts)
+            or not all(VALUE.fullmatch(key) for part in parts for key in part)
+            or not all(type(size) is int and 0 < size < MOST for size in (*sizes, *_all_sizes(parts)))
+            or shape.stem and any(size % 8 for size in shape.levels) or len(shape.levels) > MOST_LEVELS):
+        raise ValueError(f"{name} is damaged: its e4t.shape is no shape of an encoder.")
+    return shape
+
+
+def _all_sizes(parts: tuple[Mapping[str, int], ...]) -> list[int]:
+    return [size for part in parts for size in part.values()]
+
+
+def _encoder(name: str, shape: Shape, tensors: dict[str, Tensor]) -> Encoder:
+    with torch.device("meta"):
+        encoder = Encoder(shape)
+    wanted = {f"encoder.{key}": tuple(tensor.shape) for key, tensor in encoder.state_dict().items()}
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    for key in sorted(wanted.keys() ^ found.keys()):
+        raise ValueError(f"{name} is damaged: {'it lacks the tensor' if key in wanted else 'it also holds a tensor'} "
+                         f"{key[:80]!r}.")
+    for key, size in wanted.items():
+        if found[key] != size:
+            raise ValueError(f"{name} is damaged: {key!r} has the shape {found[key]}, not {size}.")
+    encoder.load_state_dict({key.removeprefix("encoder."): tensor for key, tensor in tensors.items()}, assign=True)
+    return encoder.requires_grad_(False).eval()
+
+
+def _offsets(name: str, tensors: dict[str, Tensor]) -> dict[str, Offset]:
+    layers = dict.fromkeys(key.partition(".")[2] for key in tensors)
+    for key in tensors:
+        if not re.fullmatch(r"left|right", key.partition(".")[0]) or not LAYER.fullmatch(key.partition(".")[2]):
+            raise ValueError(f"{name} is not an E4T domain of format {FORMAT}: it holds a tensor {key[:80]!r}.")
+    offsets = {}
+    for layer in layers:
+        left, right = (tensors.get(f"{side}.{layer}") for side in ("left", "right"))
+        if left is None or right is None:
+            raise ValueError(f"{name} is damaged: the offset of {layer} is not whole.")
+        if left.ndim != 2 or right.ndim != 2 or not 1 <= left.shape[1] == right.shape[0] <= MOST_RANK:
+            raise ValueError(f"{name} is damaged: the offset of {layer} has the shapes {tuple(left.shape)} and "
+                             f"{tuple(right.shape)}.")
+        offsets[layer] = Offset(left, right)
+    return offsets
+
+
+def _scale(name: str, metadata: Mapping[str, str]) -> float:
+    try:
+        scale = float(metadata.get("e4t.scale", ""))
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale) or scale <= 0:
+        raise ValueError(f"{name} is damaged: its e4t.scale is {metadata.get('e4t.scale', '')[:20]!r}, not a number "
+                         "above 0.")
+    return scale

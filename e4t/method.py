@@ -1,0 +1,148 @@
+"""What the encoder of a domain predicts for pictures, and the loss that teaches it."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..host.clip_overlay import with_words
+from ..host.cross_attention import cross_attentions, overridden
+from ..host.objective import denoising_error
+from ..host.sockets import CLIP, ModelPatcher
+from ..host.text import encode, encode_words, rows, word_places
+from ..host.unet_features import unet_features
+from ..host.weight_offsets import attention_matrices, offset_layers
+from ..perfusion.apply import Applied, Call
+from ..perfusion.concept import Edit
+from ..perfusion.edit import TRAINING_BIAS, TRAINING_TEMPERATURE
+from ..textual_inversion.concept import Word
+from ..textual_inversion.templates import OBJECT, PLACES, fill
+from ..textual_inversion.word import row_size, spread
+from ..training.dataset import weighted_mean
+from .encoder import Encoder, Predicted
+from .offsets import Offset, offset_weight, penalty
+from .samples import Pair
+
+PLACEHOLDER = "<domain>"
+SENTENCES = OBJECT + PLACES
+
+
+class Together(Call):
+    """One call of the UNet for a batch in which each sample has a concept of its own, and no other."""
+
+    def __init__(self, layers, edits: list[Applied], encodings: Tensor) -> None:
+        super().__init__(layers, edits)
+        self._move(encodings.device)
+        calls = [Call(layers, [edit], encodings[row:row + 1]) for row, edit in enumerate(edits)]
+        own = torch.eye(len(edits), device=encodings.device)[:, None]
+        self.only = tuple(
+            tuple(torch.cat(same) * own for same in zip(*kind, strict=True))
+            for kind in zip(*(call.only for call in calls), strict=True)
+        )
+
+
+class Predictor:
+    """Encoder and offsets on private copies of a model and its CLIP.
+
+    Words start from the rows of `word`, the values of each layer from what the layer makes of its encoding.
+    """
+
+    def __init__(self, unet: ModelPatcher, clip: CLIP, word: str, encoder: Encoder, offsets: Mapping[str, Offset],
+                 scale: float, precision: Tensor) -> None:
+        self.model, self.device = unet.model, unet.load_device
+        self.encoder, self.offsets, self.scale, self.word = encoder, offsets, scale, word
+        self.precision = precision.to(self.device)
+        self.rows = {name: spread(found, 1).to(self.device) for name, found in rows(clip, word).items()}
+        self.sizes = {name: row_size(found) for name, found in self.rows.items()}
+        self.clip = with_words(clip, [Word(PLACEHOLDER, word, self.rows)])
+        self.places = {sentence: word_places(self.clip, fill(sentence, PLACEHOLDER), 1)[0] for sentence in SENTENCES}
+        with torch.no_grad():
+            self.empty = encode(clip, "")
+            self.super_input = self._super_input(clip)
+        self.attentions = cross_attentions(self.model.diffusion_model)
+        self.matrices = attention_matrices(self.model.diffusion_model)
+        self.changed: dict[str, Tensor] = {}
+        self.call: Together | None = None
+        self.installed = ExitStack()
+        self._install()
+
+    def predict(self, pictures: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Predicted:
+        """For pictures as the encoder sees them and their noised latents, as `Pair` has them."""
+        features = unet_features(self.model, latents, noise, timesteps, *self.empty)
+        return self.encoder(self.encoder.image_part(pictures), features)
+
+    def words(self, predicted: Predicted) -> dict[str, Tensor]:
+        """v* = v_class + s E (b 1 d), by text encoder; E is in root mean squares of the class word's numbers."""
+        return {name: self.rows[name] + self.scale * self.sizes[name] * offset.float()[:, None]
+                for name, offset in predicted.words.items()}
+
+    def values(self, predicted: Predicted) -> dict[str, Tensor]:
+        """o*_V (b d_l) by layer: the super-category's, and offsets in root mean squares of its numbers."""
+        return {name: base + base.square().mean().sqrt() * predicted.values[name].float()
+                for name, base in self.super_values().items()}
+
+    @torch.no_grad()
+    def super_values(self) -> dict[str, Tensor]:
+        """W_V·super_input (d_l) of the model as it is, by layer."""
+        encoding = self.super_input[None].to(self.model.get_dtype_inference())
+        return {name: attention.to_v(encoding)[0].float() for name, attention in self.attentions.items()}
+
+    def loss(self, pair: Pair, edited: bool, regulariser: float) -> Tensor:
+        """The model's error (b) under sentences with the predicted words, and how far these are from the class word.
+
+        With `edited` the predicted values act through Perfusion's gated edit of the plain model, else the offsets act.
+        """
+        predicted = self.predict(pair.pictures, pair.latents, pair.noise, pair.timesteps)
+        sentences = [SENTENCES[(pair.batch.lot + row) % len(SENTENCES)] for row in range(len(pair.pictures))]
+        context, pooled = encode_words(self.clip, [fill(s, PLACEHOLDER) for s in sentences], self.words(predicted))
+        said = torch.cat(list(predicted.words.values()), 1).float()
+        size = (self.scale * said).square().mean(1)
+        if edited:
+            values = self.values(predicted)
+            size = size + torch.cat([v.float() for v in predicted.values.values()], 1).square().mean(1)
+            with torch.autocast(self.device.type, enabled=False):
+                self.call = self._together(context.float(), sentences, values)
+        else:
+            self.changed = {name: offset_weight(layer.weight, self.offsets[name])
+                            for name, layer in self.matrices.items() if name in self.offsets}
+            size = size + penalty(self.offsets) if self.offsets else size
+        try:
+            with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
+                error = denoising_error(self.model, pair.batch.latents, pair.batch.noise, pair.batch.timesteps, context,
+                                        pooled)
+        finally:
+            self.call, self.changed = None, {}
+        return weighted_mean(error.float(), pair.weights) + regulariser * size
+
+    def _together(self, context: Tensor, sentences: list[str], values: dict[str, Tensor]) -> Together:
+        edits = []
+        for row, sentence in enumerate(sentences):
+            target = context[row, self.places[sentence]].detach()
+            edit = Edit(target, self.super_input, {name: value[row] for name, value in values.items()})
+            edits.append(Applied(edit, target @ self.precision, PLACEHOLDER, TRAINING_BIAS, TRAINING_TEMPERATURE))
+        return Together(list(self.attentions), edits, context)
+
+    def _super_input(self, clip: CLIP) -> Tensor:
+        """The mean encoding (d), over the sentences, of the class word's last token, which has read the others."""
+        more = len(next(iter(rows(clip, self.word).values()))) - 1
+        found = [encode(clip, fill(sentence, self.word))[0][0, place + more] for sentence, place in self.places.items()]
+        return torch.stack(found).float().mean(0).to(self.device)
+
+    def _install(self) -> None:
+        """Lets the private copy's layers compute with the offsets, and with the edit on top of them."""
+
+        def offset(name: str, weight: Tensor) -> Tensor:
+            return self.changed.get(name, weight)
+
+        def edited(kind: str, name: str, forward, encodings: Tensor) -> Tensor:
+            return getattr(self.call, kind)(name, forward, encodings) if self.call else forward(encodings)
+
+        layers: dict[nn.Module, partial] = {}
+        for name, attention in self.attentions.items():
+            layers[attention.to_k] = partial(edited, "keys", name)
+            layers[attention.to_v] = partial(edited, "values", name)
+        self.installed.enter_context(overridden(offset_layers(self.model.diffusion_model, offset)))
+        self.installed.enter_context(overridden(layers))

@@ -1,0 +1,334 @@
+"""Pretrain an E4T domain on a folder of pictures of one class of things:
+
+    python3 dev.py run e4t/pretrain.py --folder PICTURES --checkpoint FILE --word cat --minutes 60
+
+A picture in the folder is a thing of its own; a subfolder holds several pictures of one thing, with masks beside them
+(`1.mask.png`) where there are any. It goes on where it was stopped when it is started again with the same settings.
+`torchrun` and `accelerate launch` run it on several GPUs and machines.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from math import cos, isfinite, pi
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..host.bases import base_name, check_pair
+from ..host.checkpoints import load_checkpoint
+from ..host.copies import fingerprint, private_copies
+from ..host.cross_attention import sizes
+from ..host.folders import domains_folder, states_folder
+from ..host.objective import timestep_count
+from ..host.pictures import is_empty, vae_encode
+from ..host.sockets import CLIP, VAE, ModelPatcher
+from ..host.text import encode, fingerprint_of, widths
+from ..host.unet_features import unet_features
+from ..host.weight_offsets import matrix_shapes
+from ..perfusion.covariance import precision
+from ..training.states import States
+from .domain import Domain, save
+from .encoder import Encoder, Shape
+from .method import Predictor
+from .offsets import Offset, new_offsets
+from .samples import Samples, draw_pair, read_samples
+from .workers import Workers
+
+log = logging.getLogger("concepts")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a domain learns, besides the models and the pictures.
+
+    It ends after `steps` steps or `minutes` minutes, whichever comes first (0: no such end). Rates fall to nothing
+    along a half cosine. `edited` is the share of steps that learn the word with its predicted values, `regulariser` the
+    weight λ of how far predictions are from the class word, `times` as in `draw_pair`, `average` the most that the
+    moving average of the parameters keeps of itself.
+    """
+
+    word: str
+    steps: int = 0
+    minutes: float = 0.0
+    batch_size: int = 16
+    rate: float = 1e-3
+    offset_rate: float = 1e-3
+    warmup: int = 200
+    weight_decay: float = 0.01
+    regulariser: float = 1e-3
+    scale: float = 1.0
+    edited: float = 0.5
+    offsets: bool = True
+    times: float = 0.6
+    average: float = 0.999
+    seed: int = 0
+    levels: tuple[int, ...] = (24, 48, 96, 160)
+    side: int = 128
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Where states go and how often, in minutes; `report` is every how many steps a line is written."""
+
+    folder: Path
+    minutes: float = 10.0
+    report: int = 50
+
+
+class Learner:
+    """Encoder and offsets as they are trained, and their moving average, which is what is kept."""
+
+    def __init__(self, unet: ModelPatcher, clip: CLIP, recipe: Recipe, metric: Tensor) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.device = recipe, unet.load_device
+        self.encoder = Encoder(shape_of(unet, clip, recipe)).to(self.device)
+        fresh = new_offsets(matrix_shapes(unet), recipe.seed) if recipe.offsets else {}
+        self.offsets = {name: Offset(*(f.to(self.device).requires_grad_() for f in (offset.left, offset.right)))
+                        for name, offset in fresh.items()}
+        self.predictor = Predictor(unet, clip, recipe.word, self.encoder, self.offsets, recipe.scale, metric)
+        factors = [factor for offset in self.offsets.values() for factor in (offset.left, offset.right)]
+        self.trained = [*self.encoder.parameters(), *factors]
+        self.mean = [parameter.detach().clone() for parameter in self.trained]
+        self.clock = torch.zeros(1, dtype=torch.float64)
+        groups = [{"params": list(self.encoder.parameters()), "lr": recipe.rate},
+                  {"params": factors, "lr": recipe.offset_rate},
+                  {"params": [*self.mean, self.clock], "lr": 0.0}]  # which no gradient moves but a state must hold
+        self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
+
+    def step(self, pair, number: int, done: float, workers: Workers, bf16: bool) -> float:
+        """One step at the share `done` of the whole; returns its loss. Raises ValueError when that is no number."""
+        factor = min(1.0, (number + 1) / (self.recipe.warmup + 1)) * (0.5 + 0.5 * cos(pi * done))
+        for group, peak in zip(self.optimiser.param_groups, (self.recipe.rate, self.recipe.offset_rate, 0.0),
+                               strict=True):
+            group["lr"] = peak * factor
+        self.optimiser.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            loss = self.predictor.loss(pair, is_edited(number, self.recipe.edited), self.recipe.regulariser).mean()
+        loss.backward()
+        value = loss.detach()
+        workers.average([value, *(p.grad for p in self.trained if p.grad is not None)])
+        if not isfinite(value.item()):
+            raise ValueError(f"The loss stopped being a number at step {number + 1}; a lower rate than "
+                             f"{self.recipe.rate:g} usually helps.")
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimiser.step()
+        kept = min(self.recipe.average, (1 + number) / (10 + number))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.mean, [p.detach() for p in self.trained], 1 - kept)
+        return value.item()
+
+    def averaged(self) -> tuple[Encoder, dict[str, Offset]]:
+        """Encoder and offsets of the moving average, as values of their own."""
+        encoder = copy.deepcopy(self.encoder)
+        mean = [tensor.clone() for tensor in self.mean]
+        names = [name for name, _ in encoder.named_parameters()]
+        encoder.load_state_dict(dict(zip(names, mean, strict=False)))
+        factors = iter(mean[len(names):])
+        return encoder, {name: Offset(next(factors), next(factors)) for name in self.offsets}
+
+
+def is_edited(step: int, share: float) -> bool:
+    """Whether this step learns with the values: as evenly as `share` allows."""
+    return int((step + 1) * share) > int(step * share)
+
+
+def shape_of(unet: ModelPatcher, clip: CLIP, recipe: Recipe) -> Shape:
+    """The shape of a new encoder for these models."""
+    channels = unet.model.latent_format.latent_channels
+    nothing = torch.zeros(1, channels, 64, 64, device=unet.load_device)
+    level = torch.zeros(1, dtype=torch.long, device=unet.load_device)
+    features = unet_features(unet.model, nothing, nothing, level, *encode(clip, ""))
+    return Shape(recipe.levels, features.shape[1], widths(clip),
+                 {name: given for name, (_, given) in sizes(unet).items()}, side=recipe.side)
+
+
+def pretrain(
+    model: ModelPatcher, clip: CLIP, samples: Samples, recipe: Recipe, keeping: Keeping, workers: Workers | None = None,
+    recompute: bool = False, bf16: bool = False, watch: Callable[[int, float], None] = lambda step, loss: None,
+    kept: Callable[[Domain], None] = lambda domain: None,
+) -> Domain:
+    """Learns a domain from samples; `model` and `clip` stay as they are.
+
+    It leaves a state, from which the same pretraining goes on, stopped on the way or with more steps or minutes.
+    `watch` sees the loss of each step, `kept` the domain so far with every state. Raises ValueError with one sentence
+    for input it cannot learn from, and when the loss is lost.
+    """
+    workers = workers or Workers()
+    if not recipe.steps and not recipe.minutes:
+        raise ValueError("Pretraining needs an end: give a number of steps or of minutes above 0.")
+    if recipe.batch_size % workers.count:
+        raise ValueError(f"A batch of {recipe.batch_size} cannot be shared evenly by {workers.count} processes.")
+    base = base_name(model)
+    check_pair(model, clip)
+    metric, text = precision(clip), fingerprint_of(clip)
+    with private_copies(model, clip, recompute) as (unet, encoder):
+        weights = fingerprint(unet, encoder.patcher)
+        learner = Learner(unet, encoder, recipe, metric)
+        states = States(keeping.folder, _run(recipe, samples, weights), 1)
+        losses = states.restore(learner.optimiser)
+        held = min(32, len(samples.latents) // 10)
+        lessons = samples.part(0, len(samples.latents) - held) if held else samples
+
+        def domain() -> Domain:
+            record = {**asdict(recipe), "subjects": len(samples.latents), "views": samples.latents.shape[1],
+                      "unreadable": samples.unreadable, "steps_done": len(losses),
+                      "seconds": round(learner.clock.item())}
+            return Domain(recipe.word, base, *learner.averaged(), recipe.scale, weights, text,
+                          {"concepts.training": json.dumps(record, sort_keys=True, separators=(",", ":"))})
+
+        try:
+            _train(learner, lessons, samples.part(len(samples.latents) - held, len(samples.latents)), losses, keeping,
+                   states, workers, bf16, watch, lambda: kept(domain()))
+        finally:
+            learner.predictor.installed.close()
+        return domain()
+
+
+def _train(learner: Learner, lessons: Samples, held: Samples, losses: list[float], keeping: Keeping, states: States,
+           workers: Workers, bf16: bool, watch: Callable[[int, float], None], keep: Callable[[], None]) -> None:
+    recipe, device = learner.recipe, learner.device
+    levels = timestep_count(learner.predictor.model)
+    before, started, kept = learner.clock.item(), time.monotonic(), time.monotonic()
+    first = len(losses)
+    try:
+        while (done := _done(recipe, len(losses), learner.clock.item())) < 1:
+            step = len(losses)
+            pair = draw_pair(lessons, levels, recipe.batch_size, recipe.seed, step, workers.share(), recipe.times)
+            losses.append(learner.step(_on(pair, device), step, done, workers, bf16))
+            clock = torch.tensor([before + time.monotonic() - started], dtype=torch.float64)
+            workers.average([clock])
+            learner.clock.copy_(clock)
+            watch(len(losses), losses[-1])
+            if workers.first and len(losses) % keeping.report == 0:
+                speed = (len(losses) - first) * recipe.batch_size / (time.monotonic() - started)
+                log.info("%s", _line(recipe, losses, learner.clock.item(), speed, done))
+            if workers.first and time.monotonic() - kept > 60 * keeping.minutes:
+                kept = time.monotonic()
+                states.save(losses, learner.optimiser)
+                keep()
+                log.info("%s", _validated(learner, held, levels, len(losses)))
+    finally:  # also at the end: more minutes go on from there
+        if workers.first and len(losses) > first:
+            states.save(losses, learner.optimiser)
+    if workers.first:
+        log.info("%s", _validated(learner, held, levels, len(losses)))
+
+
+def _done(recipe: Recipe, steps: int, seconds: float) -> float:
+    ends = ((steps, recipe.steps), (seconds, 60 * recipe.minutes))
+    return max(reached / end for reached, end in ends if end)
+
+
+def _on(pair, device: torch.device):
+    """The pair on the training device."""
+    if device.type == "cpu":
+        return pair
+    moved = {name: value.to(device) for name, value in vars(pair).items() if isinstance(value, Tensor)}
+    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(pair.batch).items()}
+    return type(pair)(**{**vars(pair), **moved, "batch": type(pair.batch)(**batch)})
+
+
+def _line(recipe: Recipe, losses: list[float], seconds: float, speed: float, done: float) -> str:
+    recent = losses[-200:]
+    left = seconds / max(done, 1e-9) * (1 - done) / 60
+    return (f"step {len(losses)}: loss {sum(recent) / len(recent):.4f}, {speed:.1f} samples/s, "
+            f"{100 * done:.1f} % done, {left:.0f} min to go")
+
+
+@torch.no_grad()
+def _validated(learner: Learner, held: Samples, levels: int, step: int) -> str:
+    """The error of the moving average on subjects it has not seen, beside that of the class word."""
+    if not len(held.latents):
+        return "No subjects are left to validate on."
+    encoder, offsets = learner.averaged()
+    own, recipe = learner.predictor, learner.recipe
+    fresh = Encoder(encoder.shape).to(learner.device)
+    found = []
+    for used, edited in ((fresh, False), (encoder, False), (encoder, True)):
+        own.encoder, own.offsets = used, {} if used is fresh else offsets
+        pairs = [_on(draw_pair(held, levels, 16, 1, number, times=recipe.times), learner.device) for number in range(8)]
+        found.append(torch.cat([own.loss(pair, edited, 0.0) for pair in pairs]).mean().item())
+    own.encoder, own.offsets = learner.encoder, learner.offsets
+    return (f"step {step}, unseen subjects: error {found[1]:.4f} by word and offsets, {found[2]:.4f} by word and "
+            f"values, {found[0]:.4f} by the class word")
+
+
+def _run(recipe: Recipe, samples: Samples, weights: str) -> str:
+    """A name for exactly this pretraining; one with more minutes goes on from the same states."""
+    settings = {name: value for name, value in asdict(recipe).items() if name not in ("steps", "minutes")}
+    digest = hashlib.sha256(f"{weights} {json.dumps(settings, sort_keys=True)} {tuple(samples.latents.shape)}".encode())
+    digest.update(samples.latents[:, 0, :, ::4, ::4].contiguous().numpy().tobytes())
+    return f"e4t-{recipe.word}-{digest.hexdigest()[:16]}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The settings of the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="pictures of one class of things")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the checkpoint to learn for")
+    parser.add_argument("--word", required=True, help="the class word, such as cat")
+    parser.add_argument("--name", default="", help="what the domain file is called; the word by default")
+    parser.add_argument("--output", type=Path, help="where it is saved; models/e4t by default")
+    parser.add_argument("--work", type=Path, help="where encoded pictures and states are kept")
+    parser.add_argument("--resolution", type=int, default=512, help="side of the training square in pixels")
+    parser.add_argument("--views", type=int, default=4, help="how many pictures or crops of each thing")
+    parser.add_argument("--mirror", action="store_true", help="also learn from mirrored pictures")
+    parser.add_argument("--mask-floor", type=float, default=0.1, help="weight of the loss outside masks")
+    parser.add_argument("--keep-minutes", type=float, default=10.0, help="a state is kept every so many minutes")
+    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, slower")
+    parser.add_argument("--fp32", action="store_true", help="single precision instead of bf16")
+    parser.add_argument("--no-offsets", action="store_true", help="without weight offsets")
+    for name, kind in (("steps", int), ("minutes", float), ("batch_size", int), ("rate", float), ("offset_rate", float),
+                       ("regulariser", float), ("edited", float), ("times", float), ("seed", int), ("side", int)):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(Recipe, name))
+    return parser
+
+
+def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) -> Path:
+    """Reads the folder, pretrains, saves the domain and returns where it is."""
+    model, clip, vae = checkpoint
+    if is_empty(vae):
+        raise ValueError(f"{args.checkpoint.name} has no VAE, which the pictures are encoded with.")
+    workers = Workers()
+    work = args.work or states_folder()
+    recipe = Recipe(args.word, offsets=not args.no_offsets,
+                    **{name: getattr(args, name) for name in (
+                        "steps", "minutes", "batch_size", "rate", "offset_rate", "regulariser", "edited", "times",
+                        "seed", "side")})
+
+    def read() -> Samples:
+        return read_samples(args.folder, args.views, args.resolution, recipe.side, args.mirror, args.mask_floor,
+                            recipe.seed, lambda p: model.model.process_latent_in(vae_encode(vae, p)), work)
+
+    samples = read() if workers.first else None
+    workers.wait()
+    samples = samples or read()
+    if workers.first:
+        log.info("%d subjects in %d views; %d pictures could not be read.", *samples.latents.shape[:2],
+                 samples.unreadable)
+    output, name = args.output or domains_folder(), args.name or args.word
+    domain = pretrain(model, clip, samples, recipe, Keeping(work, args.keep_minutes), workers, args.recompute,
+                      not args.fp32, kept=lambda so_far: save(so_far, output, f"{name}-unfinished", overwrite=True))
+    path = output / f"{name}.safetensors"
+    if workers.first:
+        path = save(domain, output, name, overwrite=True)
+        log.info("The domain is %s.", path)
+    workers.close()
+    return path
+
+
+def main() -> None:
+    args = parser().parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    run(args, load_checkpoint(args.checkpoint))
+
+
+if __name__ == "__main__":
+    main()

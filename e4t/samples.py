@@ -1,0 +1,145 @@
+"""What a domain is learned from: pictures of its subjects, each subject in several views, encoded once."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+from ..training.dataset import Photo, squares
+from ..training.disk import read_safetensors, write_whole
+from ..training.draws import Batch, draw, seeded
+from ..training.folder import fingerprint, pictures_in, read_photo
+
+log = logging.getLogger("concepts")
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """n subjects in v views: `pictures` (n v h w 3) uint8 as the encoder sees them, `latents` (n v c h w) fp16 as the
+    UNet does, and the `weights` (n v 1 h w) fp16 of each place in the loss; how many pictures could not be read."""
+
+    pictures: Tensor
+    latents: Tensor
+    weights: Tensor
+    unreadable: int = 0
+
+    def part(self, first: int, last: int) -> "Samples":
+        """The subjects from `first` up to `last`."""
+        return Samples(self.pictures[first:last], self.latents[first:last], self.weights[first:last])
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One step's material: a batch to denoise, its loss weights (b 1 h w), and what the encoder hears of each subject:
+    another view, as a picture (b h w 3) in 0..1 and as a noised latent."""
+
+    batch: Batch
+    weights: Tensor
+    pictures: Tensor
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+
+
+def draw_pair(samples: Samples, levels: int, size: int, seed: int, step: int, rows: slice = slice(None),
+              times: float = 1.0) -> Pair:
+    """Draws step `step` of the run `seed`: `size` subjects, of which `rows` are given.
+
+    Timesteps are levels · u^times for u even in 0..1: below 1 there are more of the noisy ones.
+    """
+    batch = draw(samples.latents, levels, size, seed, step)
+    generator = seeded(seed, "shown", step)
+    views = samples.latents.shape[1]
+    shown = (batch.views + torch.randint(min(1, views - 1), max(2, views), (size,), generator=generator)) % views
+    noise = torch.randn(batch.noise.shape, generator=generator)
+    timesteps = torch.randint(levels, (size,), generator=generator)
+    photos = batch.photos
+    own = Batch(batch.latents[rows].float(), batch.noise[rows], later(batch.timesteps[rows], levels, times),
+                photos[rows], batch.views[rows], batch.lot)
+    return Pair(own, samples.weights[photos, batch.views][rows].float(),
+                samples.pictures[photos, shown][rows].float() / 255,
+                samples.latents[photos, shown][rows].float(), noise[rows], timesteps[rows])
+
+
+def later(timesteps: Tensor, levels: int, times: float) -> Tensor:
+    """Even timesteps (b) moved towards the noisy end of the schedule."""
+    return (levels * (timesteps / levels) ** times).long()
+
+
+def read_samples(folder: Path, views: int, side: int, shown_side: int, mirror: bool, floor: float, seed: int,
+                 encode: Callable[[Tensor], Tensor], cache: Path) -> Samples:
+    """Every subject of a folder in `views` views of `side` pixels, through `encode` (b h w 3) -> (b c h w).
+
+    A picture in the folder is a subject of its own; the pictures of a subfolder show one subject. Where there are
+    fewer than `views`, random crops make up for it, with `mirror` also mirrored ones. Outside masks, places count with
+    the weight `floor`. Pictures that cannot be read are left out and counted. What was encoded is kept in `cache`.
+    Raises ValueError for a folder without pictures.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
+    settings = f"{fingerprint(folder)} {views} {side} {shown_side} {mirror} {floor} {seed}"
+    path = cache / f"samples-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
+    if path.exists():
+        metadata, tensors = read_safetensors(path)
+        return Samples(**tensors, unreadable=int(metadata["unreadable"]))
+    unreadable, parts = [], []
+    for number, paths in enumerate(_subjects(folder), 1):
+        photos = list(_readable(paths, unreadable))
+        if photos:
+            parts.append(_encoded(photos, views, side, shown_side, mirror, floor, seed + number, encode))
+        if number % 100 == 0:
+            log.info("Read %d subjects, %d pictures of them unreadable", number, len(unreadable))
+    if not parts:
+        raise ValueError(f"There are no pictures of subjects in {folder}"
+                         f"{f': {len(unreadable)} could not be read' if unreadable else ''}.")
+    tensors = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    write_whole(path, save(tensors, {"unreadable": str(len(unreadable))}))
+    return Samples(**tensors, unreadable=len(unreadable))
+
+
+def to_shown(pictures: Tensor, side: int) -> Tensor:
+    """Pictures (b h w 3) in 0..1 at the encoder's size."""
+    if pictures.shape[1:3] == (side, side):
+        return pictures
+    resized = interpolate(rearrange(pictures, "b h w c -> b c h w"), (side, side), mode="bilinear", antialias=True)
+    return rearrange(resized, "b c h w -> b h w c")
+
+
+def _subjects(folder: Path) -> Iterator[list[Path]]:
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield list(pictures_in(path))
+    yield from ([path] for path in pictures_in(folder) if path.parent == folder)
+
+
+def _readable(paths: list[Path], unreadable: list[Path]) -> Iterator[Photo]:
+    for path in paths:
+        try:
+            yield read_photo(path)
+        except ValueError as error:
+            log.warning("Left out: %s", error)
+            unreadable.append(path)
+
+
+def _encoded(photos: list[Photo], views: int, side: int, shown_side: int, mirror: bool, floor: float, seed: int,
+             encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """One subject's views."""
+    photos = photos[:views]
+    crops = ceil(views / (len(photos) * (1 + mirror))) - 1
+    cut = squares(photos, side, crops, mirror, seed)
+    each = len(cut) // len(photos)
+    chosen = [cut[photo * each + view] for view in range(each) for photo in range(len(photos))][:views]
+    pictures = torch.stack([view.picture for view in chosen])
+    masks = torch.stack([torch.ones(side, side) if view.mask is None else view.mask for view in chosen])
+    latents = encode(pictures)
+    weights = floor + (1 - floor) * adaptive_avg_pool2d(masks[:, None], latents.shape[-2:])
+    return {"pictures": (to_shown(pictures, shown_side) * 255).round().to(torch.uint8), "latents": latents.half(),
+            "weights": weights.half()}

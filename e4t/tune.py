@@ -1,0 +1,100 @@
+"""A concept from one picture or a few: predicted by a domain's encoder, then learned on for a few steps (section 4.3).
+
+What is learned is the word and the values of a Perfusion edit, so the outcome is an ordinary Perfusion concept, which
+needs neither the encoder nor the offsets when it is used.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..host.objective import timestep_count
+from ..host.sockets import CLIP, ModelPatcher
+from ..host.text import encode
+from ..perfusion.train import EditMethod, EditRecipe
+from ..textual_inversion.templates import fill
+from ..training.dataset import Lessons, Photo, squares
+from .domain import Domain
+from .encoder import Predicted
+from .method import SENTENCES, Predictor
+from .samples import to_shown
+
+LEVELS = 16  # noise levels that a prediction is the mean of
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What the encoder makes of pictures: the word's vectors (1 d) by text encoder and the values (d_l) by layer.
+
+    `doubt` is how far predictions for one picture at different noise levels are apart, as a share of how far they are
+    from the class word: near 0 for a picture of the domain.
+    """
+
+    words: dict[str, Tensor]
+    values: dict[str, Tensor]
+    doubt: float
+
+
+@torch.no_grad()
+def predict(predictor: Predictor, pictures: Tensor, latents: Tensor, seed: int) -> Start:
+    """The mean prediction, over noise levels and pictures, for pictures (n h w 3) in 0..1 with latents (n c h w)."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = timestep_count(predictor.model)
+    timesteps = ((torch.arange(LEVELS) + 0.5) / LEVELS * levels).long().to(predictor.device)
+    shown = to_shown(pictures, predictor.encoder.shape.side).to(predictor.device)
+    said: list[Predicted] = []
+    for picture, latent in zip(shown, latents, strict=True):
+        noise = torch.randn(LEVELS, *latent.shape, generator=generator).to(latent)
+        same = latent.expand_as(noise)
+        said.append(predictor.predict(picture.expand(LEVELS, -1, -1, -1), same, noise, timesteps))
+
+    def mean(name: str, kind: str) -> Tensor:
+        return torch.cat([getattr(each, kind)[name] for each in said]).float().mean(0, keepdim=True)
+
+    whole = Predicted(*({name: mean(name, kind) for name in getattr(said[0], kind)} for kind in ("words", "values")))
+    words = [torch.cat(list(each.words.values()), 1).float() for each in said]
+    apart = torch.stack([one.var(0, correction=0).mean() for one in words]).mean()
+    away = torch.stack([one.mean(0).square().mean() for one in words]).mean()
+    return Start({name: vectors[0] for name, vectors in predictor.words(whole).items()},
+                 {name: values[0] for name, values in predictor.values(whole).items()},
+                 (apart / away.clamp(min=1e-12)).sqrt().item())
+
+
+class TunedEdit(EditMethod):
+    """A Perfusion edit that starts where the encoder puts it."""
+
+    architecture = "e4t-perfusion"
+
+    def __init__(self, domain: Domain, photos: Sequence[Photo], precision: Tensor, encoder: str, unet: ModelPatcher,
+                 clip: CLIP, recipe: EditRecipe, lessons: Lessons) -> None:
+        super().__init__(precision, encoder, unet, clip, recipe, lessons)
+        self.start = self._predicted(domain, photos, clip, lessons)
+        with torch.no_grad():
+            for name, vectors in self.start.words.items():
+                self.leaves[name].copy_(vectors)
+                self.norms[name] = vectors.norm(dim=1).mean()
+            for name, values in self.start.values.items():
+                self.outputs["values"][name].copy_(values)
+            texts = [fill(sentence, recipe.placeholder) for sentence in recipe.sentences]
+            met = [encode(self.clip, text)[0][0, self._place(text)] for text in texts]
+            self.target_input.copy_(torch.stack(met).float().mean(0))
+
+    def _predicted(self, domain: Domain, photos: Sequence[Photo], clip: CLIP, lessons: Lessons) -> Start:
+        shown = squares(photos, lessons.latents.shape[-1] * 8)
+        predictor = Predictor(self.unet, clip, domain.word, domain.encoder.to(self.device), {}, domain.scale,
+                              self.precision)
+        try:
+            return predict(predictor, torch.stack([photo.picture for photo in shown]), lessons.latents[:, 0],
+                           self.recipe.seed)
+        finally:
+            predictor.installed.close()
+
+
+def tuning_recipe(domain: Domain, placeholder: str, steps: int, seed: int, **changes) -> EditRecipe:
+    """Few steps from a good start: the sentences of pretraining, rates in shares of what they move."""
+    settings = {"batch_size": 8, "learning_rate": 0.002, "value_rate": 0.1, "relative_values": True, "momentum": 0.8,
+                "mask_floor": 0.02, "schedule": "constant", "sentences": SENTENCES}
+    return EditRecipe(**{"placeholder": placeholder, "init_text": domain.word, "steps": steps, "seed": seed, **settings,
+                         **changes})
