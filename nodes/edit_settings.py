@@ -9,7 +9,7 @@ def edit_settings() -> list[io.Input]:
     """The slider from fidelity to prompt, and what an artist rarely touches. They do nothing for a plain word."""
     return [
         io.Float.Input("bias", default=BIAS, min=-1.0, max=2.0, step=0.01, optional=True, tooltip=(
-            "From exactly like the photos (0.5) to exactly what the prompt says (1), for a Perfusion concept; a "
+            "From most like the photos (0.5) to exactly what the prompt says (1), for a Perfusion concept; a "
             "plain word has no such slider. Prompts need not be encoded again."
         )),
         io.Float.Input("temperature", default=TEMPERATURE, min=0.01, max=1.0, step=0.01, optional=True, advanced=True,
@@ -25,6 +25,7 @@ def edit_settings() -> list[io.Input]:
             "Up to which share of the sampling it acts."
         )),
         io.Boolean.Input("everywhere", default=False, optional=True, advanced=True, tooltip=(
-            "Let it act on every prompt, as in the paper. Off leaves prompts without the word exactly as they were."
+            "The edit to the letter of the paper: also in prompts without the word, and a high bias takes the thing "
+            "away. Off leaves prompts without the word exactly as they were, and a high bias leads to the class word."
         )),
     ]

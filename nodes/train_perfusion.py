@@ -24,9 +24,9 @@ from .training_inputs import (
 )
 
 PRESETS = {  # rates are in root mean squares of what they move: the class word's numbers, its values in each layer
-    "balanced": {"steps": 300, "rate": 0.007, "value_rate": 0.4, "batch_size": 4},
-    "quick": {"steps": 120, "rate": 0.007, "value_rate": 0.6, "batch_size": 4},
-    "thorough": {"steps": 600, "rate": 0.007, "value_rate": 0.3, "batch_size": 4},
+    "balanced": {"steps": 300, "rate": 0.04, "value_rate": 0.4, "batch_size": 4},
+    "quick": {"steps": 120, "rate": 0.04, "value_rate": 0.6, "batch_size": 4},
+    "thorough": {"steps": 600, "rate": 0.04, "value_rate": 0.3, "batch_size": 4},
 }
 
 

@@ -15,7 +15,7 @@ from ..host.folders import unfinished_folder
 from ..host.sockets import CLIP, ModelPatcher
 from ..host.text import encode, encode_all, rows, word_places
 from ..textual_inversion.concept import Concept
-from ..textual_inversion.templates import fill
+from ..textual_inversion.templates import AMONG_OTHERS, fill
 from ..textual_inversion.train import Recipe, WordMethod
 from ..training.dataset import Lessons
 from ..training.draws import Batch
@@ -25,6 +25,9 @@ from .edit import TRAINING_BIAS, TRAINING_TEMPERATURE, similarity
 from .file import save
 from .masks import zero_shot
 
+KIN = 0.3  # similarity that tokens beside the word may have: those right behind it have read it
+SURE = 0.8  # of the word's own similarity: below this a prompt may hold the word
+
 
 @dataclass(frozen=True)
 class EditRecipe(Recipe):
@@ -32,13 +35,15 @@ class EditRecipe(Recipe):
 
     `value_rate` is the learning rate of o*_V, in root mean squares of where each layer's o*_V starts when
     `relative_values`; `learning_rate` is that of the word, `momentum` what i* keeps of itself at each step (section
-    4.4). `own_masks` takes masks from the model's own attention to the super-category where none are given. The last
-    two are ablations: keys that are learned instead of locked, and a gradient through i*.
+    4.4). `selectivity` is the weight of a second loss that keeps the word near i* wherever it stands in a prompt, and
+    other tokens away from it. `own_masks` takes masks from the model's own attention to the super-category where none
+    are given. The last two are ablations: keys that are learned instead of locked, and a gradient through i*.
     """
 
     value_rate: float = 0.03
     relative_values: bool = False
     momentum: float = 0.99
+    selectivity: float = 0.3
     bias: float = TRAINING_BIAS
     temperature: float = TRAINING_TEMPERATURE
     own_masks: bool = True
@@ -89,7 +94,21 @@ class EditMethod(WordMethod):
         training = Applied(self._edit(target), self._dual(target), self.recipe.placeholder, self.recipe.bias,
                            self.recipe.temperature)
         self.call = Call(list(self.attentions), [training], context.to(self.device))
-        return self.error_under(batch, context, pooled)
+        error = self.error_under(batch, context, pooled)
+        return error + self.recipe.selectivity * self._strayed(batch.lot, target.detach())
+
+    def _strayed(self, lot: int, target: Tensor) -> Tensor:
+        """How far the word, among other words, is from i*, and other tokens are nearer to it than `KIN`.
+
+        A word that has moved off its class word is read by all tokens behind it, which then hold the concept as well;
+        and in sentences that no photo shows it may hold less of it.
+        """
+        text = fill(AMONG_OTHERS[lot % len(AMONG_OTHERS)], self.recipe.placeholder)
+        encodings = encode(self.clip, text)[0][0].float().to(self.device)
+        s = similarity(encodings, target[None], self._dual(target)[None])[:, 0]
+        place = self._place(text)
+        others = torch.cat([s[:place], s[place + 1:]])
+        return (1 - s[place]).square() + (others - KIN).clamp(min=0).square().sum()
 
     def after_step(self) -> None:
         super().after_step()
@@ -155,7 +174,10 @@ class EditMethod(WordMethod):
 
     @torch.no_grad()
     def _presence(self) -> float:
-        """The similarity half way between the most a class word has in the sentences and the least the word has."""
+        """The similarity half way between the most a class word has in the sentences and the least the word has.
+
+        A word that came out no nearer to i* than its class word is never lost to its own prompts.
+        """
         target = self.target_input[None]
         dual = self._dual(target)
         word, others = [], []
@@ -164,7 +186,7 @@ class EditMethod(WordMethod):
             word.append(similarity(encode(self.clip, text)[0][0, self._place(text)].to(self.device), target, dual))
             ordinary = encode(self.clip, fill(sentence, self.recipe.init_text))[0][0].to(self.device)
             others.append(similarity(ordinary, target, dual).max())
-        return float((min(word) + max(others)) / 2)
+        return float(min((min(word) + max(others)) / 2, SURE * min(word)))
 
     def _install(self) -> None:
         """Lets the private copy's layers compute the edited keys and values, also when they are computed again."""

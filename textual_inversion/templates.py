@@ -32,6 +32,18 @@ PLACES = (
     "the {} in a garden",
     "one {} next to a tree",
 )
+AMONG_OTHERS = (
+    "a dog and a {}",
+    "a {} and a chair",
+    "a red car left of a {}",
+    "a {} left of a house",
+    "a tree next to the {}",
+    "a bird on a {} at night",
+    "a {} on a table",
+    "a small {} in front of a wall",
+    "my green {} in the snow",
+    "a picture of a man with a {} and a ball",
+)
 BY_KIND = {"object": OBJECT, "style": STYLE, "object in places": OBJECT + PLACES}
 
 

@@ -162,7 +162,8 @@ def test_the_record_names_the_kind_of_sentences():
     assert read == {
         "sentences": ["my {}"], "steps": 4, "learning_rate": 0.1, "batch_size": 2, "seed": 0, "mirror": True,
         "vectors": 2, "optimiser": "AdamW", "schedule": "cosine", "mask_floor": 0.1, "value_rate": 0.03,
-        "momentum": 0.99, "bias": recipe.bias, "temperature": recipe.temperature, "own_masks": True,
+        "momentum": 0.99, "selectivity": 0.3, "bias": recipe.bias, "temperature": recipe.temperature,
+        "own_masks": True,
         "photos": 3, "side": 64, "steps_done": 2,
     }
 

@@ -10,6 +10,7 @@ import torch
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.cross_attention import cross_attentions, sizes
 from concepts_pack.host.text import encode
+from concepts_pack.perfusion.edit import similarity
 from concepts_pack.perfusion.file import to_bytes
 from concepts_pack.perfusion.train import EditMethod, EditRecipe
 from concepts_pack.textual_inversion.train import Keeping, Preview, learn_word
@@ -62,6 +63,18 @@ def test_it_learns(method_of):
     before = loss()
     train(method, latents, Plan(steps=30, batch_size=4, seed=0, levels=1000), lambda losses: None)
     assert loss() < before
+
+
+def test_a_word_that_hardly_moved_is_met_by_its_own_prompts(method_of):
+    """Its class word is as near to i* then, so that nothing lies half way between the two."""
+    make, latents = method_of
+    method = make(own_masks=False, learning_rate=1e-6)
+    train(method, latents, Plan(steps=1, batch_size=2, seed=0, levels=1000), lambda losses: None)
+    edit = method.learned_edit()
+    for sentence in method.recipe.sentences:
+        context, _ = encode(method.clip, sentence.replace("{}", "<mine>"))
+        s = similarity(context.float(), edit.target_input[None], edit.target_input[None])
+        assert s.max() > edit.presence + 0.1
 
 
 def test_only_the_word_and_the_values_are_learned(method_of):
