@@ -5,8 +5,8 @@ from .microworld import host
 
 WEB_DIRECTORY = "./web"
 
-host.register()
 folders.register()
+host.register()
 
 
 async def comfy_entrypoint():

@@ -87,7 +87,8 @@ class Microworld(comfy.supported_models.SD15):
 
 
 def register() -> None:
-    """Make the stock checkpoint loader find and recognise the sample model. Calling it twice changes nothing."""
+    """Make loaders find and recognise the sample model and its E4T domain. Calling it twice changes nothing."""
     if not any(model.__qualname__ == Microworld.__qualname__ for model in comfy.supported_models.models):
         comfy.supported_models.models.append(Microworld)
     folder_paths.add_model_folder_path("checkpoints", str(WEIGHTS))
+    folder_paths.add_model_folder_path("e4t", str(WEIGHTS / "domains"))

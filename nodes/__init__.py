@@ -8,10 +8,13 @@ from .encode_global_keys import ConceptsEncodeGlobalKeys
 from .export_lora import ConceptsExportLora
 from .inline_concept import ConceptsInline
 from .inspect_concept import ConceptsInspect
+from .load_domain import ConceptsLoadDomain
 from .load_photos import ConceptsLoadPhotos
 from .microworld_photos import ConceptsMicroworldPhotos
+from .pretrain_e4t import ConceptsPretrainE4T
 from .train_perfusion import ConceptsTrainPerfusion
 from .train_textual_inversion import ConceptsTrainTextualInversion
+from .tune_e4t import ConceptsTuneE4T
 
 
 class ConceptsExtension(ComfyExtension):
@@ -22,9 +25,12 @@ class ConceptsExtension(ComfyExtension):
             ConceptsLoadPhotos,
             ConceptsTrainTextualInversion,
             ConceptsTrainPerfusion,
+            ConceptsTuneE4T,
+            ConceptsPretrainE4T,
             ConceptsSave,
             ConceptsLoad,
             ConceptsLoadLoraWords,
+            ConceptsLoadDomain,
             ConceptsBundle,
             ConceptsApply,
             ConceptsApplyStack,

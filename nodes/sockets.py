@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 Concept = io.Custom("CONCEPT")
+Domain = io.Custom("E4T_ENCODER")
 
 
 def require_clip(clip) -> None:

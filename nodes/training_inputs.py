@@ -265,4 +265,4 @@ def stops(inputs: dict) -> str:
 def _widgets(inputs: dict) -> str:
     firsts = {name: v[0] for name, v in inputs.items() if isinstance(v, list) and v}
     widgets = {name: value for name, value in firsts.items() if isinstance(value, str | int | float)}
-    return json.dumps([widgets, inputs["preset"]], sort_keys=True)
+    return json.dumps([widgets, inputs.get("preset")], sort_keys=True)

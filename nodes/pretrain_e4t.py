@@ -1,0 +1,93 @@
+"""Pretrain E4T Domain."""
+
+from comfy_api.latest import io
+
+from ..e4t import domain
+from ..e4t.pretrain import Keeping, Recipe, pretrain
+from ..e4t.samples import read_samples
+from ..host.copies import memory_is_short
+from ..host.folders import domains_folder, input_subfolder, input_subfolders, states_folder
+from ..host.pictures import is_empty, vae_encode
+from ..host.progress import ProgressBar, stop_if_cancelled
+from ..perfusion.covariance import precision
+from .sockets import Domain
+
+VIEWS, FLOOR = 4, 0.1
+
+
+class ConceptsPretrainE4T(io.ComfyNode):
+    """Learns an encoder for a class of things from many pictures."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptsPretrainE4T",
+            display_name="Pretrain E4T Domain",
+            category="concepts/train",
+            description=(
+                "Learns once, from hundreds of pictures of one class of things, to say of a single picture what its "
+                "thing is. Tune E4T then makes a concept of any such picture in a few steps. This node suits small "
+                "jobs; for days on several cards there is the command in the README."
+            ),
+            search_aliases=["e4t", "encoder for tuning", "train encoder", "domain"],
+            inputs=[
+                io.Model.Input("model", tooltip="The checkpoint to learn for."),
+                io.Clip.Input("clip", tooltip="The checkpoint's text encoder."),
+                io.Vae.Input("vae", tooltip="The checkpoint's VAE. Pictures are encoded once, before the first step."),
+                io.Combo.Input("folder", options=input_subfolders(), tooltip=(
+                    "A folder in ComfyUI's input folder. Each picture in it is a thing of its own; a subfolder holds "
+                    "several pictures of one thing, which is better, with masks beside them as 1.mask.png."
+                )),
+                io.String.Input("class_word", default="", placeholder="class word, such as: cat", tooltip=(
+                    "The ordinary word for all of them."
+                )),
+                io.String.Input("name", default="", tooltip=(
+                    "What the file in models/e4t is called; empty takes the class word. The same name replaces it."
+                )),
+                io.Int.Input("steps", default=5000, min=1, max=1000000, tooltip=(
+                    "How long to learn. Thousands are needed; the more kinds of things, the more."
+                )),
+                io.Int.Input("batch_size", default=16, min=1, max=256, tooltip=(
+                    "How many pictures each step looks at. Large batches matter here: 16 or more."
+                )),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=(
+                    "Decides everything random."
+                )),
+                io.Float.Input("rate", default=0.001, min=0.000001, max=1.0, step=0.0001, round=0.000001, advanced=True,
+                               tooltip="How far each step moves the encoder and the weight offsets."),
+                io.Float.Input("regulariser", default=0.001, min=0.0, max=10.0, step=0.0001, round=0.000001,
+                               advanced=True, tooltip=(
+                    "How firmly predictions are kept near the class word, so that prompts stay in charge."
+                )),
+                io.Int.Input("resolution", default=512, min=64, max=2048, step=64, advanced=True, tooltip=(
+                    "Side of the training square in pixels."
+                )),
+                io.Boolean.Input("mirror", default=False, advanced=True, tooltip="Also learn from mirrored pictures."),
+            ],
+            outputs=[Domain.Output("domain", display_name="domain", tooltip="What was learned, for Tune E4T.")],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, vae, folder, class_word, name, steps, batch_size, seed, rate, regulariser, resolution,
+                mirror) -> io.NodeOutput:
+        word = class_word.strip()
+        if not word:
+            raise ValueError("The class word is empty; write the ordinary word for the things in the pictures.")
+        if clip is None or is_empty(vae):
+            raise ValueError("Pretraining needs the checkpoint's text encoder (CLIP) and its VAE; one of them is "
+                             "missing in this file.")
+        recipe = Recipe(word, steps, batch_size=batch_size, seed=seed, rate=rate, offset_rate=rate,
+                        regulariser=regulariser, side=min(resolution, 224))
+        samples = read_samples(input_subfolder(folder), VIEWS, resolution, recipe.side, mirror, FLOOR, seed,
+                               lambda pictures: model.model.process_latent_in(vae_encode(vae, pictures)),
+                               states_folder())
+        bar = ProgressBar(steps)
+
+        def watch(step: int, loss: float) -> None:
+            bar.update_absolute(step, steps)
+            stop_if_cancelled()
+
+        learned = pretrain(model, clip, samples, recipe, Keeping(states_folder()), precision(clip),
+                           recompute=memory_is_short(model), watch=watch)
+        domain.save(learned, domains_folder(), name.strip() or word, overwrite=True)
+        return io.NodeOutput(learned)

@@ -1,0 +1,74 @@
+"""Tune E4T."""
+
+import logging
+from functools import partial
+
+from comfy_api.latest import io
+
+from ..e4t.domain import Domain as DomainValue
+from ..e4t.tune import TunedEdit, tuning_recipe
+from ..host.bases import base_name
+from ..host.text import fingerprint_of
+from ..perfusion.covariance import encoder_fingerprint, precision
+from ..textual_inversion.train import learn_word
+from .sockets import Domain
+from .training_inputs import chosen_seed, how_to_run, outputs, run, stops, what_to_learn
+
+log = logging.getLogger("concepts")
+
+
+class ConceptsTuneE4T(io.ComfyNode):
+    """Makes a concept of one picture in a few steps."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptsTuneE4T",
+            display_name="Tune E4T",
+            category="concepts/train",
+            description=(
+                "Makes a Perfusion concept of a single picture in a few steps: the domain's encoder says what the "
+                "thing is, and tuning finishes it. Only for things of the domain's class. The concept needs no encoder "
+                "when it is used, and composes like any other."
+            ),
+            search_aliases=["e4t", "encoder for tuning", "one picture", "one shot", "instant concept"],
+            is_input_list=True,
+            inputs=[
+                Domain.Input("domain", tooltip="What was pretrained, from Load E4T Domain."),
+                *(each for each in what_to_learn() if each.id not in ("init_text", "captions")),
+                io.Int.Input("steps", default=5, min=1, max=1000, tooltip=(
+                    "How long to tune. Five to fifteen do for most pictures; more come nearer to the picture and copy "
+                    "it more."
+                )),
+                chosen_seed(),
+                *how_to_run(),
+            ],
+            outputs=outputs(),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs) -> str:
+        """A tuning that was cancelled is not taken from the cache when it is queued again."""
+        return stops(inputs)
+
+    @classmethod
+    def execute(cls, **inputs) -> io.NodeOutput:
+        def learn(one, photos, *how):
+            domain = checked(one["domain"], one["model"], one["clip"])
+            recipe = tuning_recipe(domain, one["placeholder"].strip(), one["steps"], one["seed"])
+            method = partial(TunedEdit, domain, photos, precision(one["clip"]), encoder_fingerprint(one["clip"]))
+            return recipe, learn_word(one["model"], one["clip"], one["vae"], photos, recipe, *how, method)
+
+        return run(inputs, learn)
+
+
+def checked(domain: DomainValue, model, clip) -> DomainValue:
+    """The domain, if it was learned for such models. Raises ValueError for a domain of another base."""
+    base = base_name(model)
+    if domain.base != base:
+        raise ValueError(f"The domain {domain.word!r} was pretrained on {domain.base} and this checkpoint is {base}; "
+                         "load a domain for it, or a checkpoint of that base.")
+    if domain.text and domain.text != fingerprint_of(clip):
+        log.warning("The domain %r was pretrained with another text encoder than this one; more steps may be needed.",
+                    domain.word)
+    return domain
