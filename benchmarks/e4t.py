@@ -1,0 +1,118 @@
+"""E4T's figures on the sample world: `python3 dev.py run benchmarks/e4t.py`.
+
+A concept from one picture of things of the domain that pretraining has not seen: by the encoder and k steps of tuning,
+by Textual Inversion and by Perfusion from the class word on the same picture. ID and TXT of the scenes of
+`textual_inversion.py`, and the seconds of each training. What pretraining cost is in the domain's record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..e4t import domain
+from ..e4t.tune import TunedEdit, tuning_recipe
+from ..microworld.data import parallel
+from ..microworld.domain import instance_photos
+from ..microworld.host import WEIGHTS
+from ..microworld.oracle import load, similarity
+from ..nodes import train_perfusion, train_textual_inversion
+from ..perfusion.covariance import encoder_fingerprint, precision
+from ..perfusion.train import EditMethod, EditRecipe
+from ..perfusion.use import apply_concept
+from ..textual_inversion.concept import Concept
+from ..textual_inversion.train import Preview, Recipe, learn_word
+from ..training.dataset import gather
+from .microworld import interval
+from .sampling import draw, load_checkpoint
+from .textual_inversion import SCENES, judge
+from .timing import keep
+
+TUNED, INVERTED, EDITED = (0, 1, 5, 15), (5, 25, 100, 400), (300,)
+QUIET = Preview(every=0, steps=1)
+
+
+def photos(kind: str, number: int, count: int):
+    """Pictures (n h w 3) in 0..1 and masks (n h w) of a test instance."""
+    pictures, masks = instance_photos(kind, "test", number, count)
+    return torch.from_numpy(pictures).float() / 255, torch.from_numpy(masks).float() / 255
+
+
+def learners(base, kind: str, file: Path, seed: int) -> dict[str, Callable]:
+    """What makes a concept of gathered photos, by label."""
+    known = domain.load(file)
+    metric, encoder = precision(base[1]), encoder_fingerprint(base[1])
+
+    def tuned(steps: int, given) -> Concept:
+        still = {"learning_rate": 0.0, "value_rate": 0.0} if not steps else {}
+        recipe = tuning_recipe(known, "<mine>", max(steps, 1), seed, **still)
+        method = partial(TunedEdit, known, given, metric, encoder)
+        return learn_word(*base, given, recipe, QUIET, method_of=method).concept
+
+    def inverted(steps: int, given) -> Concept:
+        pace = train_textual_inversion.pace_of("balanced", base[1], kind) | {"steps": steps}
+        return learn_word(*base, given, Recipe("<mine>", kind, seed=seed, **pace), QUIET).concept
+
+    def edited(steps: int, given) -> Concept:
+        pace = train_perfusion.pace_of("balanced", base[1], kind) | {"steps": steps}
+        recipe = EditRecipe("<mine>", kind, seed=seed, momentum=0.9, **pace)
+        return learn_word(*base, given, recipe, QUIET, method_of=partial(EditMethod, metric, encoder)).concept
+
+    kinds = (("E4T + Perfusion", tuned, TUNED), ("Textual Inversion", inverted, INVERTED), ("Perfusion", edited, EDITED))
+    return {f"{label}, {steps} steps": partial(learn, steps) for label, learn, each in kinds for steps in each}
+
+
+def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float) -> list[tuple]:
+    """(label, ID, TXT, seconds of training) for one test instance and one picture of it."""
+    torch.set_num_threads(1)
+    oracle, base = load(), load_checkpoint()
+    real = photos(kind, number, 25)[0][1:]
+    picture, mask = photos(kind, number, 25 + seed + 1)
+    given = gather([picture[-1:]], [mask[-1:]])
+    texts = [scene.format(kind) for scene, _ in SCENES]
+    rows = [("class word", *judge(oracle, draw(*base, texts, 1000 * seed, cfg=cfg), kind, real), 0.0),
+            ("real renders", similarity(oracle, picture[:1], real).mean().item(), 1.0, 0.0)]
+    for label, learn in learners(base, kind, file, seed).items():
+        start = time.perf_counter()
+        concept = learn(given)
+        seconds = time.perf_counter() - start
+        model, clip = apply_concept(*base[:2], concept, 1.0, bias=bias)
+        drawn = draw(model, clip, base[2], [scene.format("<mine>") for scene, _ in SCENES], 1000 * seed, cfg=cfg)
+        rows.append((label, *judge(oracle, drawn, kind, real), seconds))
+        print(f"{kind} {number}, seed {seed}, {label}: ID {rows[-1][1]:.3f} TXT {rows[-1][2]:.3f} {seconds:.1f} s",
+              flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--domain", default="teddy")
+    parser.add_argument("--file", type=Path, help="the domain file; the one that comes with the pack by default")
+    parser.add_argument("--instances", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--bias", type=float, default=0.75)
+    args = parser.parse_args()
+    file = args.file or WEIGHTS / "domains" / f"{args.domain}.safetensors"
+    jobs = [(args.domain, file, number, seed, args.cfg, args.bias)
+            for seed in range(args.seeds) for number in range(args.instances)]
+    rows = [row for part in parallel(one, *zip(*jobs, strict=True)) for row in part]
+    result: dict = {}
+    for label in dict.fromkeys(row[0] for row in rows):
+        found = np.array([row[1:] for row in rows if row[0] == label])
+        result[label] = {"ID": interval(found[:, 0]), "TXT": interval(found[:, 1]),
+                         "seconds, median": float(np.median(found[:, 2]))}
+    record = json.loads(domain.load(file).metadata.get("concepts.training", "{}"))
+    keep(result | {"domain": args.domain, "pretraining": record, "instances": args.instances, "seeds": args.seeds,
+                   "cfg": args.cfg, "bias": args.bias}, f"e4t_{args.domain}")
+
+
+if __name__ == "__main__":
+    main()
