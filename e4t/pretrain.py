@@ -150,11 +150,11 @@ def shape_of(unet: ModelPatcher, clip: CLIP, recipe: Recipe) -> Shape:
 
 
 def pretrain(
-    model: ModelPatcher, clip: CLIP, samples: Samples, recipe: Recipe, keeping: Keeping, workers: Workers | None = None,
-    recompute: bool = False, bf16: bool = False, watch: Callable[[int, float], None] = lambda step, loss: None,
-    kept: Callable[[Domain], None] = lambda domain: None,
+    model: ModelPatcher, clip: CLIP, samples: Samples, recipe: Recipe, keeping: Keeping, metric: Tensor,
+    workers: Workers | None = None, recompute: bool = False, bf16: bool = False,
+    watch: Callable[[int, float], None] = lambda step, loss: None, kept: Callable[[Domain], None] = lambda domain: None,
 ) -> Domain:
-    """Learns a domain from samples; `model` and `clip` stay as they are.
+    """Learns a domain from samples; `model` and `clip` stay as they are, `metric` is C⁻¹ (d d) of the text encoder.
 
     It leaves a state, from which the same pretraining goes on, stopped on the way or with more steps or minutes.
     `watch` sees the loss of each step, `kept` the domain so far with every state. Raises ValueError with one sentence
@@ -167,7 +167,7 @@ def pretrain(
         raise ValueError(f"A batch of {recipe.batch_size} cannot be shared evenly by {workers.count} processes.")
     base = base_name(model)
     check_pair(model, clip)
-    metric, text = precision(clip), fingerprint_of(clip)
+    text = fingerprint_of(clip)
     with private_copies(model, clip, recompute) as (unet, encoder):
         weights = fingerprint(unet, encoder.patcher)
         learner = Learner(unet, encoder, recipe, metric)
@@ -314,8 +314,12 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
         log.info("%d subjects in %d views; %d pictures could not be read.", *samples.latents.shape[:2],
                  samples.unreadable)
     output, name = args.output or domains_folder(), args.name or args.word
-    domain = pretrain(model, clip, samples, recipe, Keeping(work, args.keep_minutes), workers, args.recompute,
-                      not args.fp32, kept=lambda so_far: save(so_far, output, f"{name}-unfinished", overwrite=True))
+
+    def keep(so_far: Domain) -> None:
+        save(so_far, output, f"{name}-unfinished", overwrite=True)
+
+    domain = pretrain(model, clip, samples, recipe, Keeping(work, args.keep_minutes), precision(clip), workers,
+                      args.recompute, not args.fp32, kept=keep)
     path = output / f"{name}.safetensors"
     if workers.first:
         path = save(domain, output, name, overwrite=True)

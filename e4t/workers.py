@@ -28,11 +28,16 @@ class Workers:
         return slice(self.rank, None, self.count)
 
     def average(self, tensors: Iterable[Tensor]) -> None:
-        """Replaces each tensor by its mean over all processes."""
-        if self.count > 1:
+        """Replaces each tensor by its mean over all processes. Raises RuntimeError when one of them is gone."""
+        if self.count == 1:
+            return
+        try:
             for tensor in tensors:
                 distributed.all_reduce(tensor)
                 tensor /= self.count
+        except RuntimeError as error:
+            raise RuntimeError("Another process of this job is gone. Start the job again; it goes on from its newest "
+                               "state.") from error
 
     def wait(self) -> None:
         """Until all processes are here."""

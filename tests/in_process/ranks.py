@@ -1,0 +1,54 @@
+"""Pretrains a toy domain as one of several processes and may kill itself: `ranks.py OUTPUT STEP`; for
+test_e4t_pretrain.py, which sets the variables that torchrun sets."""
+
+import importlib.util
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def script(path):
+    """Import a file as a module of its stem."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+HERE = Path(__file__).resolve().parent
+launch = script(HERE.parents[1] / "microworld" / "launch.py")
+launch.use_host()
+launch.load_pack()
+toys = script(HERE / "conftest.py")
+
+import torch  # noqa: E402
+from concepts_pack.e4t.domain import save  # noqa: E402
+from concepts_pack.e4t.pretrain import Keeping, Recipe, Workers, pretrain  # noqa: E402
+from concepts_pack.e4t.samples import Samples  # noqa: E402
+
+
+def samples(subjects=6, views=2):
+    """Noise of the right shapes."""
+    generator = torch.Generator().manual_seed(7)
+    pictures = torch.randint(256, (subjects, views, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    latents = torch.randn(subjects, views, 4, 8, 8, generator=generator).half()
+    return Samples(pictures, latents, torch.ones(subjects, views, 1, 8, 8).half())
+
+
+RECIPE = Recipe("cat", steps=5, batch_size=4, warmup=0, levels=(8, 16), side=32)
+
+if __name__ == "__main__":
+    output, die_at = Path(sys.argv[1]), int(sys.argv[2])
+    workers = Workers()
+
+    def watch(step, loss):
+        """Die without a word in the last process."""
+        if step == die_at and workers.rank == workers.count - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    domain = pretrain(toys.make_model(), toys.make_clip(), samples(), RECIPE, Keeping(output), torch.eye(toys.WIDTH),
+                      workers, watch=watch)
+    if workers.first:
+        save(domain, output, "domain")
+    workers.close()

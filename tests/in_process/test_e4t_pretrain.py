@@ -1,0 +1,242 @@
+"""Pretraining on toys: it learns, resumes bit for bit, is shared by processes, and says what is wrong with a folder."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from concepts_pack.e4t.domain import load
+from concepts_pack.e4t.encoder import Encoder
+from concepts_pack.e4t.method import PLACEHOLDER, SENTENCES, Predictor, Together
+from concepts_pack.e4t.pretrain import Keeping, is_edited, pretrain, shape_of
+from concepts_pack.e4t.samples import draw_pair, later, read_samples
+from concepts_pack.host.copies import private_copies
+from concepts_pack.host.cross_attention import cross_attentions
+from concepts_pack.perfusion.apply import Applied, Call
+from concepts_pack.perfusion.concept import Edit
+from concepts_pack.textual_inversion.templates import fill
+from PIL import Image
+
+from . import ranks
+from .conftest import WIDTH
+
+METRIC = torch.eye(WIDTH)
+RECIPE, SAMPLES = ranks.RECIPE, ranks.samples()
+
+
+def learn(model, clip, folder, watch=lambda step, loss: None, **changes):
+    return pretrain(model, clip, SAMPLES, replace(RECIPE, **changes), Keeping(folder), METRIC, watch=watch)
+
+
+def test_it_learns(model, clip, tmp_path):
+    losses = []
+    learn(model, clip, tmp_path, lambda step, loss: losses.append(loss), steps=24, rate=5e-3, offset_rate=5e-3,
+          regulariser=0.0)
+    assert sum(losses[-8:]) < sum(losses[:8])
+
+
+def test_what_it_leaves(model, clip, tmp_path):
+    before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
+    domain = learn(model, clip, tmp_path)
+    assert (domain.word, domain.base) == ("cat", "SD15")
+    assert all(bool(o.left.any()) and len(o.left.T) == 3 for o in domain.offsets.values()) and domain.offsets
+    assert bool(domain.encoder.words["clip_l"].weight.any()) and bool(domain.encoder.values.weight.any())
+    record = json.loads(domain.metadata["concepts.training"])
+    assert record["steps_done"] == 5 and record["subjects"] == 6
+    assert all(torch.equal(weight, before[name]) for name, weight in model.model.state_dict().items())
+    assert not any("forward" in vars(module) for module in model.model.modules())
+
+
+def test_without_offsets(model, clip, tmp_path):
+    assert learn(model, clip, tmp_path, offsets=False, steps=2).offsets == {}
+
+
+class Stop(Exception):
+    pass
+
+
+def test_stopped_and_started_again_it_ends_the_same(model, clip, tmp_path):
+    def stop(step, loss):
+        if step == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        learn(model, clip, tmp_path / "a", stop)
+    heard = []
+    resumed = learn(model, clip, tmp_path / "a", lambda step, loss: heard.append(step))
+    assert heard == [4, 5]
+    whole, resumed = learn(model, clip, tmp_path / "b"), resumed
+    for name, tensor in whole.encoder.state_dict().items():
+        assert torch.equal(tensor, resumed.encoder.state_dict()[name]), name
+    again = []
+    learn(model, clip, tmp_path / "b", lambda step, loss: again.append(step), steps=7)
+    assert again == [6, 7]  # more steps go on from the end
+
+
+def test_lost_losses_are_one_sentence(model, clip, tmp_path):
+    with pytest.raises(ValueError, match="stopped being a number at step"):
+        learn(model, clip, tmp_path, rate=1e30, steps=20)
+
+
+@pytest.mark.parametrize(("changes", "said"), [({"steps": 0}, "needs an end"), ({"word": " "}, "says nothing")])
+def test_recipes_that_cannot_be(model, clip, tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said):
+        learn(model, clip, tmp_path, **changes)
+
+
+def test_steps_alternate():
+    assert [is_edited(step, 0.5) for step in range(4)] == [False, True, False, True]
+    assert sum(is_edited(step, 0.25) for step in range(100)) == 25
+    assert not any(is_edited(step, 0.0) for step in range(10))
+
+
+def test_the_encoder_hears_another_view_of_the_same_subject():
+    pair = draw_pair(SAMPLES, 1000, 4, 0, 3)
+    for row, subject in enumerate(pair.batch.photos):
+        (view,) = [v for v in range(2) if torch.equal(SAMPLES.latents[subject, v].float(), pair.latents[row])]
+        assert view != pair.batch.views[row]
+        torch.testing.assert_close(pair.pictures[row], SAMPLES.pictures[subject, view].float() / 255)
+
+
+def test_processes_share_a_batch():
+    whole = draw_pair(SAMPLES, 1000, 4, 0, 3)
+    parts = [draw_pair(SAMPLES, 1000, 4, 0, 3, slice(rank, None, 2)) for rank in range(2)]
+    for rank, part in enumerate(parts):
+        assert torch.equal(part.batch.noise, whole.batch.noise[rank::2])
+        assert torch.equal(part.pictures, whole.pictures[rank::2])
+
+
+def test_later_timesteps_stay_in_the_schedule():
+    moved = later(torch.tensor([0, 500, 999]), 1000, 0.6)
+    assert moved.tolist() == [0, int(1000 * 0.5 ** 0.6), 999]
+
+
+@pytest.fixture
+def predictor(model, clip):
+    with private_copies(model, clip) as (unet, text):
+        torch.manual_seed(0)
+        encoder = Encoder(shape_of(unet, text, RECIPE))
+        for layer in (*encoder.words.values(), encoder.values):
+            torch.nn.init.normal_(layer.weight, std=0.5)
+        yield Predictor(unet, text, "cat", encoder, {}, 1.0, METRIC)
+
+
+def test_a_batch_of_edits_is_each_edit_alone(predictor):
+    """Perfusion's own edit of one sample is what each gets among others."""
+    generator = torch.Generator().manual_seed(2)
+    context = torch.randn(3, 5, WIDTH, generator=generator)
+    attentions = cross_attentions(predictor.model.diffusion_model)
+    edits = [Applied(Edit(context[row, 2], predictor.super_input,
+                          {name: torch.randn(a.to_v.out_features, generator=generator)
+                           for name, a in attentions.items()}), context[row, 2] @ METRIC, "<mine>")
+             for row in range(3)]
+    together = Together(list(attentions), edits, context)
+    with torch.no_grad():
+        for kind, layer in (("keys", "to_k"), ("values", "to_v")):
+            for name, attention in attentions.items():
+                forward = getattr(attention, layer)
+                found = getattr(together, kind)(name, forward, context)
+                for row in range(3):
+                    alone = Call(list(attentions), [edits[row]], context[row:row + 1])
+                    expected = getattr(alone, kind)(name, forward, context[row:row + 1])
+                    torch.testing.assert_close(found[row:row + 1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_predictions_start_from_the_class_word(predictor):
+    for layer in (*predictor.encoder.words.values(), predictor.encoder.values):
+        torch.nn.init.zeros_(layer.weight)
+    pair = draw_pair(SAMPLES, 1000, 2, 0, 0)
+    with torch.no_grad():
+        said = predictor.predict(pair.pictures, pair.latents, pair.noise, pair.timesteps)
+        for name, words in predictor.words(said).items():
+            assert torch.equal(words, predictor.rows[name].expand(2, 1, -1))
+        for name, values in predictor.values(said).items():
+            torch.testing.assert_close(values, predictor.super_values()[name].expand(2, -1))
+
+
+def test_the_word_is_where_the_predictor_looks(predictor):
+    texts = [fill(sentence, PLACEHOLDER) for sentence in SENTENCES]
+    for text, sentence in zip(texts, SENTENCES, strict=True):
+        sections = next(iter(predictor.clip.tokenize(text).values()))[0]
+        assert isinstance(sections[predictor.places[sentence]][0], torch.Tensor)
+
+
+def folder_of(tmp_path, *names, masks=()):
+    for number, name in enumerate(names):
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48), (10 * number, 90, 200)).save(path)
+    for name in masks:
+        Image.new("L", (64, 48), 0).save(tmp_path / "pictures" / name)
+    return tmp_path / "pictures"
+
+
+def encode(pictures):
+    return pictures.permute(0, 3, 1, 2)[:, :, ::8, ::8].repeat(1, 2, 1, 1)[:, :4]
+
+
+def read(folder, tmp_path, views=3):
+    return read_samples(folder, views, 64, 32, True, 0.1, 0, encode, tmp_path / "work")
+
+
+def test_a_folder_of_things_and_of_folders_of_things(tmp_path):
+    samples = read(folder_of(tmp_path, "a.png", "b/1.png", "b/2.png", "b/3.png", "b/4.png"), tmp_path)
+    assert samples.pictures.shape == (2, 3, 32, 32, 3) and samples.latents.shape == (2, 3, 4, 8, 8)
+    assert samples.pictures[0, :, 5, 5, 0].tolist() == pytest.approx([10, 20, 30], abs=1)  # the folder b
+    assert samples.unreadable == 0
+
+
+def test_views_of_a_thing_are_its_pictures_first(tmp_path):
+    samples = read(folder_of(tmp_path, "b/1.png", "b/2.png", "b/3.png"), tmp_path)
+    assert samples.pictures[0, :, 5, 5, 0].tolist() == pytest.approx([0, 10, 20], abs=1)
+
+
+def test_unreadable_pictures_are_left_out_and_counted(tmp_path):
+    folder = folder_of(tmp_path, "a.png", "b.png")
+    (folder / "c.png").write_bytes(b"no picture")
+    for _ in range(2):  # the second time from what was kept
+        samples = read(folder, tmp_path)
+        assert len(samples.latents) == 2 and samples.unreadable == 1
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_folders_without_pictures_are_one_sentence(tmp_path, broken):
+    (tmp_path / "pictures").mkdir()
+    if broken:
+        (tmp_path / "pictures" / "c.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="no pictures.*1 could not be read" if broken else "no pictures"):
+        read(tmp_path / "pictures", tmp_path)
+    with pytest.raises(ValueError, match="There is no folder"):
+        read(tmp_path / "gone", tmp_path)
+
+
+def processes(folder, count, die_at=0):
+    """Runs the job in `count` processes; their codes and what they said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [subprocess.Popen(
+        [sys.executable, ranks.__file__, folder, str(die_at)], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+    ) for rank in range(count)]
+    return [(process.communicate(timeout=300)[1], process.returncode) for process in started]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is not a thing there")
+def test_two_processes_learn_what_one_does_also_when_one_is_killed(model, clip, tmp_path):
+    (said, code), (_, killed) = processes(tmp_path, 2, die_at=3)
+    assert killed == -signal.SIGKILL and code == 1
+    assert "Another process of this job is gone" in said
+    assert [code for _, code in processes(tmp_path, 2)] == [0, 0]
+    found, expected = load(tmp_path / "domain.safetensors"), learn(model, clip, tmp_path / "alone")
+    torch.manual_seed(RECIPE.seed)
+    start = Encoder(expected.encoder.shape)
+    one, two, before = (torch.nn.utils.parameters_to_vector(encoder.parameters())
+                        for encoder in (expected.encoder, found.encoder, start))
+    assert (one - two).norm() < 0.3 * (one - before).norm()
