@@ -46,7 +46,7 @@ def prompt_node(node: dict, info: dict, links: dict) -> dict:
 
 
 def named_widgets(values: list | dict, info: dict) -> dict:
-    """Give widget values, which a workflow stores by position, their names."""
+    """Give widget values, which a workflow stores by position, their names; those left out have their defaults."""
     if isinstance(values, dict):
         return {name: values[name] for name, _, _ in widgets(info) if name in values}
     queue, named, waiting = list(values), {}, list(widgets(info))
@@ -60,7 +60,7 @@ def named_widgets(values: list | dict, info: dict) -> dict:
             queue.pop(0)
         if options.get("image_upload") and queue:
             queue.pop(0)
-    return named
+    return named | {name: options["default"] for name, _, options in waiting if "default" in options}
 
 
 def widgets(info: dict) -> Iterator[tuple[str, str, dict]]:
