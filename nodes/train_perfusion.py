@@ -5,7 +5,7 @@ from math import isfinite
 
 from comfy_api.latest import io
 
-from ..perfusion.covariance import encoder_fingerprint, precision
+from ..perfusion.covariance import corpus_name, encoder_fingerprint, precision
 from ..perfusion.train import EditMethod, EditRecipe
 from ..textual_inversion.train import learn_word
 from .training_inputs import (
@@ -78,6 +78,10 @@ class ConceptsTrainPerfusion(io.ComfyNode):
                     "little more like the photos and obeys prompts less."
                 )),
                 *how_to_run(),
+                io.String.Input("corpus", default="", multiline=True, optional=True, advanced=True, tooltip=(
+                    "Captions of your own, one a line, to measure the text encoder on instead of those of the pack: "
+                    "for a model that reads a language or a kind of prompt of its own. The more the better, thousands."
+                )),
             ],
             outputs=outputs(),
         )
@@ -91,7 +95,8 @@ class ConceptsTrainPerfusion(io.ComfyNode):
     def execute(cls, **inputs) -> io.NodeOutput:
         def learn(one, photos, *how):
             recipe = read_recipe(one, chosen_pace(inputs["preset"], one, pace_of))
-            method = partial(EditMethod, precision(one["clip"]), encoder_fingerprint(one["clip"]))
+            metric = precision(one["clip"], one.get("corpus", ""))
+            method = partial(EditMethod, metric, encoder_fingerprint(one["clip"]))
             return recipe, learn_word(one["model"], one["clip"], one["vae"], photos, recipe, *how, method)
 
         return run(inputs, learn)
@@ -110,6 +115,7 @@ def read_recipe(one: dict, pace: dict) -> EditRecipe:
     return EditRecipe(
         bias=one["training_bias"],
         temperature=one["training_temperature"],
+        corpus=corpus_name(one.get("corpus", "")),
         **{name: one[name] for name in ("own_masks", "momentum", "train_keys")},
         **common_recipe(one, pace),
     )

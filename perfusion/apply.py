@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .concept import Edit
-from .edit import change, components, dual_of, gate, gate_of_kin, similarity, withheld
+from .edit import change, components, gate, gate_of_kin, similarity, withheld
 
 BIAS, TEMPERATURE = 0.75, 0.15
 KEYS, VALUES = 0, 1
@@ -41,7 +41,7 @@ class Applied:
 
 def applied(edit: Edit, precision: Tensor, placeholder: str, **settings) -> Applied:
     """An edit ready for models whose text encoder has the precision C⁻¹ (d d)."""
-    return Applied(edit, dual_of(edit.target_input[None], precision)[0].float(), placeholder, **settings)
+    return Applied(edit, edit.dual_under(precision).float(), placeholder, **settings)
 
 
 def overrides(

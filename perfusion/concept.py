@@ -6,6 +6,8 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from .edit import dual_of
+
 
 @dataclass(frozen=True, eq=False)
 class Edit:
@@ -15,7 +17,8 @@ class Edit:
     holds o*_V (d_l) for each cross-attention layer, by its name in the UNet (`input_blocks.1.1.transformer_blocks.0`).
     `keys` holds o*_K likewise where keys were trained; locked keys are W_K·super_input and kept nowhere.
     A prompt holds the concept when some token's similarity to i* reaches `presence`.
-    `encoder` is the fingerprint of the text encoder whose covariance the similarity is measured with.
+    `encoder` is the fingerprint of the text encoder whose covariance the similarity is measured with. Where that was
+    measured on captions of the user's own, `dual` holds C⁻¹ i* (d), since nobody else could measure it again.
     """
 
     target_input: Tensor
@@ -24,7 +27,12 @@ class Edit:
     keys: Mapping[str, Tensor] = field(default_factory=dict)
     presence: float = 0.6
     encoder: str = ""
+    dual: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", MappingProxyType(dict(self.values)))
         object.__setattr__(self, "keys", MappingProxyType(dict(self.keys)))
+
+    def dual_under(self, precision: Tensor) -> Tensor:
+        """C⁻¹ i* (d) in double precision, the concept's own or under the precision C⁻¹ (d d) of its text encoder."""
+        return dual_of(self.target_input[None], precision)[0] if self.dual is None else self.dual.double()

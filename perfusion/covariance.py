@@ -31,13 +31,19 @@ def precision(clip: CLIP, own_text: str = "") -> Tensor:
     C is measured on the captions that come with the pack, or on the lines of `own_text`, once for each encoder and
     clip-skip, and kept in the user folder. Raises ValueError when it cannot be inverted; Cancel leaves nothing behind.
     """
-    texts = tuple(line.strip() for line in own_text.splitlines() if line.strip()) or _own_captions()
+    texts = _lines(own_text) or _own_captions()
     digest = hashlib.sha256("\n".join((encoder_fingerprint(clip), *texts)).encode()).hexdigest()[:24]
     if digest not in _remembered:
         _remembered[digest] = precision_of(*_covariance(clip, texts, digest))
         for oldest in list(_remembered)[:-REMEMBERED]:
             del _remembered[oldest]
     return _remembered[digest]
+
+
+def corpus_name(own_text: str) -> str:
+    """A digest of the lines of `own_text`, and '' for none."""
+    lines = _lines(own_text)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] if lines else ""
 
 
 def encoder_fingerprint(clip: CLIP) -> str:
@@ -70,6 +76,10 @@ def precision_of(covariance: Tensor, tokens: int) -> Tensor:
         raise ValueError("The covariance of this text encoder cannot be inverted: its encodings are not usable "
                          "numbers; load another checkpoint or CLIP.")
     return inverse
+
+
+def _lines(own_text: str) -> tuple[str, ...]:
+    return tuple(line.strip() for line in own_text.splitlines() if line.strip())
 
 
 @lru_cache(1)

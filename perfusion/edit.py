@@ -49,15 +49,16 @@ def withheld(components: Tensor, gates: Tensor) -> Tensor:
 def components(s: Tensor, target_inputs: Tensor, dual: Tensor, present: Tensor | None = None) -> Tensor:
     """What each concept holds of an encoding: e⊥ = e - Σ_j c_j i_j has <i_k, e⊥> = 0 for every k (equation 10).
 
-    `s` (… j) are the similarities. c solves the Gram system G c = <i, e> with G_jk = <i_j, i_k>, here scaled to a unit
-    diagonal; for one concept c = s. Concepts that are not `present` (… j, boolean) take no part.
+    `s` (… j) are the similarities. c solves the Gram system G c = <i, e> with G_kj = <i_k, i_j>, here scaled to a unit
+    diagonal; for one concept c = s. Concepts that are not `present` (… j, boolean) take no part. Each k may have a
+    metric of its own.
     """
     here = torch.ones_like(s) if present is None else present.to(s)
     if s.shape[-1] == 1:
         return s * here
     exact = torch.float32 if s.device.type == "mps" else torch.float64  # which has no double
     target_inputs, dual, here = target_inputs.to(exact), dual.to(exact), here.to(exact)
-    gram = einsum(target_inputs, dual, "j d, k d -> j k")
+    gram = einsum(target_inputs, dual, "j d, k d -> k j")
     length = gram.diagonal().sqrt()
     others = (gram / length[:, None] / length).fill_diagonal_(0) * here[..., None] * here[..., None, :]
     identity = torch.eye(len(length), dtype=exact, device=gram.device)

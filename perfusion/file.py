@@ -3,7 +3,7 @@
 Its tensors are the word's vectors for each text encoder, `word.clip_l`; `inputs`, whose rows are i* and the
 super-category's; and end to end in one tensor, so that a header of a hundred bytes for each layer is saved, the
 `values` of the layers in `concepts.layers`, and where keys were trained their `keys`, of the same layers unless
-`concepts.key_layers` names others.
+`concepts.key_layers` names others. Where captions of the user's own made the metric there is `dual`, in fp32.
 """
 
 import json
@@ -27,7 +27,7 @@ ENDING = ".safetensors"
 LARGEST = 8 * 2**20  # bytes; a concept for SDXL with trained keys and a cover takes half a million
 MOST_LAYERS = 1000
 LONGEST_ENTRY = 200  # characters for one layer in the list of layers
-NAME = re.compile(rf"word\.({'|'.join(ENCODERS)})|inputs|values|keys")
+NAME = re.compile(rf"word\.({'|'.join(ENCODERS)})|inputs|values|keys|dual")
 LAYER = re.compile(r"\w+(\.\w+)*", re.ASCII)
 IN_TRANSFORMER = re.compile(r"(?P<top>\w+)(?P<rest>(\.\w+)*)\.transformer_blocks\.(?P<number>[0-9]{1,4})", re.ASCII)
 ENTRY = re.compile(r"(?P<top>\w+)?(?P<rest>(\.\w+)*)(/(?P<number>[0-9]{1,4}))?(:(?P<size>[1-9][0-9]{0,5}))?", re.ASCII)
@@ -51,8 +51,11 @@ def to_bytes(concept: Concept) -> bytes:
                 for kind, vectors in (("values", edit.values), ("keys", edit.keys)) if vectors}
     layers, key_layers = (layers_text({layer: len(vector) for layer, vector in vectors.items()})
                           for vectors in (edit.values, edit.keys))
+    tensors = {name: tensor.detach().cpu().half().contiguous() for name, tensor in tensors.items()}
+    if edit.dual is not None:
+        tensors["dual"] = edit.dual.detach().cpu().float().contiguous()
     data = with_metadata(
-        safetensors.torch.save({name: t.detach().cpu().half().contiguous() for name, t in tensors.items()}),
+        safetensors.torch.save(tensors),
         {
             **{key: text for key, text in concept.metadata.items() if key != "concepts.key_layers"},
             "concepts.layers": layers,
@@ -110,8 +113,10 @@ def from_bytes(data: bytes, name: str, placeholder: str = "") -> Concept:
     values = _by_layer(name, metadata, vectors, "values", "concepts.layers")
     named = "concepts.key_layers" if "concepts.key_layers" in metadata else "concepts.layers"
     keys = _by_layer(name, metadata, vectors, "keys", named) if "keys" in vectors else {}
-    _check_together(name, target, word, values, keys)
-    edit = Edit(target, super_input, values, keys, _presence(name, metadata), metadata.get("concepts.encoder", ""))
+    dual = vectors.get("dual")
+    _check_together(name, target, word, values, keys, dual)
+    presence, encoder = _presence(name, metadata), metadata.get("concepts.encoder", "")
+    edit = Edit(target, super_input, values, keys, presence, encoder, dual)
     written = _placeholder(name, metadata, placeholder)
     return Concept((Word(written, metadata.get("concepts.class_word", ""), word),), edit, metadata)
 
@@ -221,7 +226,7 @@ def _checked(name: str, key: str, tensor: Tensor) -> Tensor:
     """The tensor in single precision, if a concept may hold one of this name, type and shape."""
     if not NAME.fullmatch(key):
         raise ValueError(f"{name} is not a concept of format {FORMAT}: it holds a tensor {key[:80]!r}.")
-    dimensions = 1 if key in ("values", "keys") else 2
+    dimensions = 1 if key in ("values", "keys", "dual") else 2
     fits = tensor.ndim == dimensions and 0 not in tensor.shape and (key != "inputs" or len(tensor) == 2)
     if not fits or tensor.dtype not in DTYPES:
         kind = str(tensor.dtype).removeprefix("torch.")
@@ -234,7 +239,7 @@ def _checked(name: str, key: str, tensor: Tensor) -> Tensor:
 
 
 def _check_together(name: str, target: Tensor, word: Mapping[str, Tensor], values: Mapping[str, Tensor],
-                    keys: Mapping[str, Tensor]) -> None:
+                    keys: Mapping[str, Tensor], dual: Tensor | None) -> None:
     """Raises ValueError unless the tensors belong together."""
     if not word:
         raise ValueError(f"{name} is damaged: it holds no word.")
@@ -249,6 +254,8 @@ def _check_together(name: str, target: Tensor, word: Mapping[str, Tensor], value
     for layer, key in keys.items():
         if layer not in values or len(values[layer]) != len(key):
             raise ValueError(f"{name} is damaged: its keys of {layer} have no values of their size beside them.")
+    if dual is not None and not (len(dual) == len(target) and dual @ target > 0):
+        raise ValueError(f"{name} is damaged: its dual does not go with its target_input.")
 
 
 def _presence(name: str, metadata: Mapping[str, str]) -> float:

@@ -10,7 +10,7 @@ from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
 from ..training.preview import FAINT, INK, LINE, PANEL, PAPER, RAW
 from .apply import BIAS, TEMPERATURE
-from .edit import dual_of, gate_of_kin, similarity
+from .edit import gate_of_kin, similarity
 
 ROW, NAME_WIDTH, BAR_WIDTH = 26, 220, 360
 
@@ -22,7 +22,7 @@ def gates(clip: CLIP, concept: Concept, precision: Tensor, prompt: str, bias: fl
     taught = apply_words(clip, concept, 1.0)
     target = concept.edit.target_input[None]
     encodings = encode(ready(taught), prompt)[0][0].float().cpu()
-    s = similarity(encodings, target, dual_of(target, precision).float())[:, 0]
+    s = similarity(encodings, target, concept.edit.dual_under(precision).float()[None])[:, 0]
     open_ = gate_of_kin(s, bias, temperature)
     return [(word, s[place].item(), open_[place].item()) for place, word in enumerate(written_words(taught, prompt))]
 

@@ -12,7 +12,6 @@ from ..host.lora_names import lora_names
 from ..host.sockets import ModelPatcher
 from ..textual_inversion.concept import Concept
 from ..textual_inversion.file import with_metadata
-from .edit import dual_of
 
 KEPT = ("modelspec.base_model", "modelspec.title", "ssmd_cover_images", "concepts.training")
 
@@ -30,7 +29,7 @@ def to_lora(model: ModelPatcher, concept: Concept, precision: Tensor, strength: 
     if len(precision) != len(target):
         raise ValueError(f"{word.placeholder} was learned with a text encoder that gives {len(target)} numbers for a "
                          f"token; this CLIP gives {len(precision)}: take model and CLIP from one checkpoint.")
-    dual = dual_of(target[None], precision)[0]
+    dual = edit.dual_under(precision)
     down = (dual / (dual @ target.double())).float()
     balance = down.norm()  # so that neither half is small beside the other
     settle(model)

@@ -37,7 +37,8 @@ class EditRecipe(Recipe):
     `relative_values`; `learning_rate` is that of the word, `momentum` what i* keeps of itself at each step (section
     4.4). `selectivity` is the weight of a second loss that keeps the word near i* wherever it stands in a prompt, and
     other tokens away from it. `own_masks` takes masks from the model's own attention to the super-category where none
-    are given. The last two are ablations: keys that are learned instead of locked, and a gradient through i*.
+    are given. `corpus` names the captions of the user's own that the encoder was measured on. The last two are
+    ablations: keys that are learned instead of locked, and a gradient through i*.
     """
 
     value_rate: float = 0.03
@@ -47,6 +48,7 @@ class EditRecipe(Recipe):
     bias: float = TRAINING_BIAS
     temperature: float = TRAINING_TEMPERATURE
     own_masks: bool = True
+    corpus: str = ""
     train_keys: bool = False
     through_target: bool = False
 
@@ -130,8 +132,9 @@ class EditMethod(WordMethod):
         """The edit so far, as values of its own."""
         kinds = {kind: {name: leaf.detach().cpu().clone() for name, leaf in leaves.items()}
                  for kind, leaves in self.outputs.items()}
-        return Edit(self.target_input.detach().cpu().clone(), self.super_input.cpu(), presence=self._presence(),
-                    encoder=self.encoder, **kinds)
+        target = self.target_input.detach()
+        return Edit(target.cpu().clone(), self.super_input.cpu(), presence=self._presence(), encoder=self.encoder,
+                    dual=self._dual(target).cpu() if self.recipe.corpus else None, **kinds)
 
     def _size(self, leaf: Tensor) -> float:
         return leaf.detach().square().mean().sqrt().item() if self.recipe.relative_values else 1.0

@@ -53,7 +53,7 @@ LAYERS = {"input_blocks.1.1.transformer_blocks.0": 8, "middle_block.1.transforme
 COVER = {"ssmd_cover_images": json.dumps(["aGk="])}
 
 
-def concept(layers=LAYERS, keys=(), placeholder="<mine>", metadata=None, **encoders):
+def concept(layers=LAYERS, keys=(), placeholder="<mine>", metadata=None, dual=None, **encoders):
     """A concept with random numbers; `encoders` are the width of each one's vectors."""
     draw = torch.Generator().manual_seed(0)
     widths = encoders or {"clip_l": 32}
@@ -64,7 +64,7 @@ def concept(layers=LAYERS, keys=(), placeholder="<mine>", metadata=None, **encod
     word = Word(placeholder, "cat", {name: vector(2, width) for name, width in widths.items()})
     edit = Edit(vector(sum(widths.values())), vector(sum(widths.values())),
                 {layer: vector(size) for layer, size in layers.items()},
-                {layer: vector(layers[layer]) for layer in keys}, presence=0.61234, encoder="0123456789abcdef")
+                {layer: vector(layers[layer]) for layer in keys}, 0.61234, "0123456789abcdef", dual)
     return Concept((word,), edit, {"modelspec.base_model": "SD15", **COVER} if metadata is None else metadata)
 
 
@@ -102,6 +102,17 @@ def test_save_load_save_is_byte_equal(tmp_path, keys):
              *((loaded.edit.keys[layer], made.edit.keys[layer]) for layer in keys)]
     assert all(read.dtype == torch.float32 and torch.equal(read, written.half().float()) for read, written in pairs)
     assert load(first, "<other>").words[0].placeholder == "<other>"
+
+
+def test_a_metric_of_its_own_keeps_every_bit(tmp_path):
+    """Half precision would move similarities, which decide where the edit acts."""
+    target = concept().edit.target_input
+    made = concept(dual=target * 1e5 + 1e-3)
+    read = load(save(made, tmp_path, "a"))
+    assert torch.equal(read.edit.dual, made.edit.dual) and to_bytes(read) == to_bytes(made)
+    assert torch.equal(read.edit.dual_under(torch.eye(32)), made.edit.dual.double())
+    assert load(save(concept(), tmp_path, "b")).edit.dual is None
+    assert len(to_bytes(made)) - len(to_bytes(concept())) < 32 * 4 + 80
 
 
 def test_what_is_loaded_is_its_own_and_can_be_trained(tmp_path):
@@ -265,6 +276,9 @@ LAYER = next(iter(LAYERS))
     ({"values": torch.ones(1, 40).half()}, r"'values' is float16 of the shape \(1, 40\)"),
     ({"values": torch.ones(39).half()}, "its concepts.layers take 40 numbers and 'values' has 39"),
     ({"keys": torch.ones(16).half()}, "its concepts.key_layers take 8 numbers and 'keys' has 16"),
+    ({"dual": torch.ones(31)}, "its dual does not go with its target_input"),
+    ({"dual": torch.zeros(32)}, "its dual does not go with its target_input"),
+    ({"dual": torch.ones(1, 32)}, r"'dual' is float32 of the shape \(1, 32\)"),
     ({"word.clip_l": torch.ones(32).half()}, r"'word.clip_l' is float16 of the shape \(32,\)"),
     ({"word.clip_l": torch.ones(1, 31).half()}, r"clip_l \(1, 31\) does not go with 32 numbers"),
     ({"word.clip_l": torch.ones(76, 32).half()}, r"clip_l \(76, 32\) does not go with"),
@@ -315,6 +329,7 @@ def test_files_that_are_words_gone_or_huge(tmp_path):
     {"values": {LAYER: torch.full((8,), float("nan"))}}, {"presence": float("nan")},
     {"super_input": torch.ones(31)}, {"values": {}}, {"values": {"a b": torch.ones(8)}},
     {"values": {"a/0": torch.ones(8)}}, {"values": {LAYER: torch.ones(1, 8)}}, {"keys": {"other": torch.ones(8)}},
+    {"dual": torch.zeros(32)},
 ])
 def test_what_could_not_be_read_again_is_not_written(tmp_path, changed):
     made = concept()

@@ -169,6 +169,16 @@ def test_nothing_of_any_concept_is_left(seed, concepts):
     assert np.abs(inner(world, left_over(world, world.components()))).max() < 1e-4
 
 
+@law(seeds)
+def test_each_concept_may_have_a_metric_of_its_own(seed):
+    """Nothing of any concept is left as its own metric measures it."""
+    world, other = World(seed), World(seed + 1)
+    dual = torch.cat([world.dual()[:1], t(world.i[1:] @ other.metric)])
+    c = components(similarity(t(world.e), t(world.i), dual), t(world.i), dual)
+    rest = similarity(t(left_over(world, c)), t(world.i), dual)
+    assert rest.abs().max() < 1e-3
+
+
 def test_nothing_of_two_similar_concepts_is_left_where_plain_similarities_take_too_much():
     world = World(3, 2)
     world.i[1] = world.i[0] + 0.2 * world.i[1]

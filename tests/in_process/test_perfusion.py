@@ -1,5 +1,6 @@
 """Edits on a real model: what they change, what they leave alone, and with what they go together."""
 
+from dataclasses import replace
 from functools import partial
 
 import comfy.sample
@@ -155,6 +156,13 @@ def test_hook_and_model_together_are_one_joint_edit(model, clip, edit, precision
     expected = sample(both, cond(prompts[0]), cond(prompts[1]))
     hooked = sample(patched(model, edit, precision), cond(prompts[0], hooks=hooks), cond(prompts[1]))
     assert near(hooked, expected)
+
+
+def test_a_concept_with_a_metric_of_its_own(model, edit, precision, prompts):
+    own = replace(edit, dual=(edit.target_input @ precision))
+    expected = sample(patched(model, edit, precision), cond(prompts[0]), cond(prompts[1]))
+    assert near(sample(patched(model, own, torch.eye(WIDTH)), cond(prompts[0]), cond(prompts[1])), expected)
+    assert not near(sample(patched(model, edit, torch.eye(WIDTH)), cond(prompts[0]), cond(prompts[1])), expected)
 
 
 def test_order_of_concepts_does_not_matter(model, edit, precision, prompts):

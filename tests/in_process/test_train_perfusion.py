@@ -10,8 +10,10 @@ import torch
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.cross_attention import cross_attentions, sizes
 from concepts_pack.host.text import encode
+from concepts_pack.nodes.train_perfusion import ConceptsTrainPerfusion
+from concepts_pack.perfusion.covariance import precision
 from concepts_pack.perfusion.edit import similarity
-from concepts_pack.perfusion.file import to_bytes
+from concepts_pack.perfusion.file import from_bytes, to_bytes
 from concepts_pack.perfusion.train import EditMethod, EditRecipe
 from concepts_pack.textual_inversion.train import Keeping, Preview, learn_word
 from concepts_pack.training.dataset import Lessons, gather
@@ -106,6 +108,26 @@ def test_a_super_category_of_several_tokens_is_read_at_its_last(method_of, clip)
     method = make(init_text="red brick house", sentences=("a {}",), own_masks=False)
     with torch.no_grad():
         torch.testing.assert_close(method.super_input, encode(clip, "a red brick house")[0][0, 4])
+
+
+def test_a_corpus_of_ones_own_makes_the_metric_and_comes_along(model, clip, vae, photos, output):
+    """The node measures the encoder on it, and whoever applies the concept needs only the concept."""
+    widgets = {widget.id: widget for widget in ConceptsTrainPerfusion.GET_SCHEMA().inputs}
+    shown = {widget.id: widget.default for widget in widgets["preset"].options[-1].inputs}
+    inputs = {name: getattr(widget, "default", None) for name, widget in widgets.items()}
+    inputs |= {"model": model, "clip": clip, "vae": vae, "images": photos, "init_text": "cat", "preview_every": 0}
+    given = {name: [value] for name, value in inputs.items() if name not in ("masks", "captions")}
+    chosen = {"preset": "own settings", **shown, "steps": 1, "batch_size": 1}
+    given["preset"] = {name: [value] for name, value in chosen.items()}
+    captions = "un chat\n\n le chien dort \n une maison rouge"
+    concept = ConceptsTrainPerfusion.execute(**given | {"corpus": [captions]}).result[0]
+    dual = from_bytes(to_bytes(concept), "it").edit.dual
+    torch.testing.assert_close(dual, concept.edit.target_input @ precision(clip, captions))
+
+
+def test_without_one_the_concept_has_no_metric_of_its_own(method_of):
+    make, _ = method_of
+    assert make().learned_edit().dual is None and make(corpus="name").learned_edit().dual is not None
 
 
 def test_the_target_is_a_moving_average_per_step(method_of):
