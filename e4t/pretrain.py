@@ -34,13 +34,15 @@ from ..host.unet_features import unet_features
 from ..host.weight_offsets import matrix_shapes
 from ..perfusion.covariance import precision
 from ..training.states import States
-from .domain import Domain, save
+from .domain import Domain, load, save, to_bytes
 from .encoder import Encoder, Shape
 from .method import Predictor
 from .offsets import Offset, new_offsets
 from .samples import Samples, draw_pair, read_samples
 from .workers import Workers
 
+NUMBERS = {"steps": int, "minutes": float, "batch_size": int, "rate": float, "offset_rate": float, "warmup": int,
+           "regulariser": float, "selectivity": float, "edited": float, "times": float, "seed": int, "side": int}
 log = logging.getLogger("concepts")
 
 
@@ -50,8 +52,9 @@ class Recipe:
 
     It ends after `steps` steps or `minutes` minutes, whichever comes first (0: no such end). Rates fall to nothing
     along a half cosine. `edited` is the share of steps that learn the word with its predicted values, `regulariser` the
-    weight λ of how far predictions are from the class word, `times` as in `draw_pair`, `average` the most that the
-    moving average of the parameters keeps of itself.
+    weight λ of how far predictions are from the class word, `selectivity` that of how much of the word other tokens of
+    a sentence hold, `times` as in `draw_pair`, `average` the most that the moving average of the parameters keeps of
+    itself.
     """
 
     word: str
@@ -63,6 +66,7 @@ class Recipe:
     warmup: int = 200
     weight_decay: float = 0.01
     regulariser: float = 1e-3
+    selectivity: float = 0.1
     scale: float = 1.0
     edited: float = 0.5
     offsets: bool = True
@@ -85,11 +89,14 @@ class Keeping:
 class Learner:
     """Encoder and offsets as they are trained, and their moving average, which is what is kept."""
 
-    def __init__(self, unet: ModelPatcher, clip: CLIP, recipe: Recipe, metric: Tensor) -> None:
+    def __init__(self, unet: ModelPatcher, clip: CLIP, recipe: Recipe, metric: Tensor, start: Domain | None) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.device = recipe, unet.load_device
         self.encoder = Encoder(shape_of(unet, clip, recipe)).to(self.device)
         fresh = new_offsets(matrix_shapes(unet), recipe.seed) if recipe.offsets else {}
+        if start:
+            fresh = {name: start.offsets.get(name, offset) for name, offset in fresh.items()}
+            self._go_on_from(start)
         self.offsets = {name: Offset(*(f.to(self.device).requires_grad_() for f in (offset.left, offset.right)))
                         for name, offset in fresh.items()}
         self.predictor = Predictor(unet, clip, recipe.word, self.encoder, self.offsets, recipe.scale, metric)
@@ -102,6 +109,12 @@ class Learner:
                   {"params": [*self.mean, self.clock], "lr": 0.0}]  # which no gradient moves but a state must hold
         self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
 
+    def _go_on_from(self, start: Domain) -> None:
+        if start.encoder.shape != self.encoder.shape:
+            raise ValueError(f"The domain {start.word!r} has an encoder of another shape: go on from one of this base "
+                             "and these levels, or from nothing.")
+        self.encoder.load_state_dict(start.encoder.state_dict())
+
     def step(self, pair, number: int, done: float, workers: Workers, bf16: bool) -> float:
         """One step at the share `done` of the whole; returns its loss. Raises ValueError when that is no number."""
         factor = min(1.0, (number + 1) / (self.recipe.warmup + 1)) * (0.5 + 0.5 * cos(pi * done))
@@ -110,7 +123,8 @@ class Learner:
             group["lr"] = peak * factor
         self.optimiser.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            loss = self.predictor.loss(pair, is_edited(number, self.recipe.edited), self.recipe.regulariser).mean()
+            loss = self.predictor.loss(pair, is_edited(number, self.recipe.edited), self.recipe.regulariser,
+                                       self.recipe.selectivity).mean()
         loss.backward()
         value = loss.detach()
         workers.average([value, *(p.grad for p in self.trained if p.grad is not None)])
@@ -153,12 +167,14 @@ def pretrain(
     model: ModelPatcher, clip: CLIP, samples: Samples, recipe: Recipe, keeping: Keeping, metric: Tensor,
     workers: Workers | None = None, recompute: bool = False, bf16: bool = False,
     watch: Callable[[int, float], None] = lambda step, loss: None, kept: Callable[[Domain], None] = lambda domain: None,
+    start: Domain | None = None,
 ) -> Domain:
     """Learns a domain from samples; `model` and `clip` stay as they are, `metric` is C⁻¹ (d d) of the text encoder.
 
     It leaves a state, from which the same pretraining goes on, stopped on the way or with more steps or minutes.
-    `watch` sees the loss of each step, `kept` the domain so far with every state. Raises ValueError with one sentence
-    for input it cannot learn from, and when the loss is lost.
+    `watch` sees the loss of each step, `kept` the domain so far with every state. `start` is another domain to begin
+    with, by default nothing. Raises ValueError with one sentence for input it cannot learn from, and when the loss is
+    lost.
     """
     workers = workers or Workers()
     if not recipe.steps and not recipe.minutes:
@@ -170,8 +186,8 @@ def pretrain(
     text = fingerprint_of(clip)
     with private_copies(model, clip, recompute) as (unet, encoder):
         weights = fingerprint(unet, encoder.patcher)
-        learner = Learner(unet, encoder, recipe, metric)
-        states = States(keeping.folder, _run(recipe, samples, weights), 1)
+        learner = Learner(unet, encoder, recipe, metric, start)
+        states = States(keeping.folder, _run(recipe, samples, weights, start), 1)
         losses = states.restore(learner.optimiser)
         held = min(32, len(samples.latents) // 10)
         lessons = samples.part(0, len(samples.latents) - held) if held else samples
@@ -260,10 +276,11 @@ def _validated(learner: Learner, held: Samples, levels: int, step: int) -> str:
             f"values, {found[0]:.4f} by the class word")
 
 
-def _run(recipe: Recipe, samples: Samples, weights: str) -> str:
+def _run(recipe: Recipe, samples: Samples, weights: str, start: Domain | None) -> str:
     """A name for exactly this pretraining; one with more minutes goes on from the same states."""
     settings = {name: value for name, value in asdict(recipe).items() if name not in ("steps", "minutes")}
     digest = hashlib.sha256(f"{weights} {json.dumps(settings, sort_keys=True)} {tuple(samples.latents.shape)}".encode())
+    digest.update(to_bytes(start) if start else b"")
     digest.update(samples.latents[:, 0, :, ::4, ::4].contiguous().numpy().tobytes())
     return f"e4t-{recipe.word}-{digest.hexdigest()[:16]}"
 
@@ -275,6 +292,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, required=True, help="the checkpoint to learn for")
     parser.add_argument("--word", required=True, help="the class word, such as cat")
     parser.add_argument("--name", default="", help="what the domain file is called; the word by default")
+    parser.add_argument("--start", type=Path, help="a domain file to begin with")
     parser.add_argument("--output", type=Path, help="where it is saved; models/e4t by default")
     parser.add_argument("--work", type=Path, help="where encoded pictures and states are kept")
     parser.add_argument("--resolution", type=int, default=512, help="side of the training square in pixels")
@@ -285,8 +303,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, slower")
     parser.add_argument("--fp32", action="store_true", help="single precision instead of bf16")
     parser.add_argument("--no-offsets", action="store_true", help="without weight offsets")
-    for name, kind in (("steps", int), ("minutes", float), ("batch_size", int), ("rate", float), ("offset_rate", float),
-                       ("regulariser", float), ("edited", float), ("times", float), ("seed", int), ("side", int)):
+    for name, kind in NUMBERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(Recipe, name))
     return parser
 
@@ -298,10 +315,7 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
         raise ValueError(f"{args.checkpoint.name} has no VAE, which the pictures are encoded with.")
     workers = Workers()
     work = args.work or states_folder()
-    recipe = Recipe(args.word, offsets=not args.no_offsets,
-                    **{name: getattr(args, name) for name in (
-                        "steps", "minutes", "batch_size", "rate", "offset_rate", "regulariser", "edited", "times",
-                        "seed", "side")})
+    recipe = Recipe(args.word, offsets=not args.no_offsets, **{name: getattr(args, name) for name in NUMBERS})
 
     def read() -> Samples:
         return read_samples(args.folder, args.views, args.resolution, recipe.side, args.mirror, args.mask_floor,
@@ -319,7 +333,7 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
         save(so_far, output, f"{name}-unfinished", overwrite=True)
 
     domain = pretrain(model, clip, samples, recipe, Keeping(work, args.keep_minutes), precision(clip), workers,
-                      args.recompute, not args.fp32, kept=keep)
+                      args.recompute, not args.fp32, kept=keep, start=args.start and load(args.start))
     path = output / f"{name}.safetensors"
     if workers.first:
         path = save(domain, output, name, overwrite=True)

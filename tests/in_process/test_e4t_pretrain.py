@@ -240,3 +240,23 @@ def test_two_processes_learn_what_one_does_also_when_one_is_killed(model, clip, 
     one, two, before = (torch.nn.utils.parameters_to_vector(encoder.parameters())
                         for encoder in (expected.encoder, found.encoder, start))
     assert (one - two).norm() < 0.3 * (one - before).norm()
+
+
+def test_it_goes_on_from_another_domain(model, clip, tmp_path):
+    first = learn(model, clip, tmp_path)
+    begun = pretrain(model, clip, SAMPLES, replace(RECIPE, steps=1, rate=1e-9, offset_rate=1e-9, weight_decay=0.0),
+                     Keeping(tmp_path), METRIC, start=first)
+    for name, tensor in first.encoder.state_dict().items():
+        torch.testing.assert_close(begun.encoder.state_dict()[name], tensor)
+    with pytest.raises(ValueError, match="another shape"):
+        pretrain(model, clip, SAMPLES, replace(RECIPE, levels=(8, 24)), Keeping(tmp_path), METRIC, start=first)
+
+
+def test_other_tokens_that_hold_the_word_cost(predictor):
+    sentence = SENTENCES[3]
+    place = predictor.places[sentence]
+    context = torch.zeros(1, 6, WIDTH)
+    context[0, place, 0] = 2.0
+    assert predictor._strayed(context, [sentence]) == 0
+    context[0, place + 1, 0] = 1.6  # 0.8 of it
+    torch.testing.assert_close(predictor._strayed(context, [sentence]), torch.tensor([0.25]))
