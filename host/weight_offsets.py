@@ -9,10 +9,12 @@ from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.model_management import cast_to_device
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter.base import WeightAdapterBase
+from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 from torch.nn.functional import linear
 
 PARTS = ("to_q", "to_k", "to_v")
+ALL_PARTS = (*PARTS, "to_out.0")
 
 
 class Offset(Protocol):
@@ -20,6 +22,13 @@ class Offset(Protocol):
 
     left: Tensor
     right: Tensor
+
+
+class LowRank(Protocol):
+    """Factors of what is added to one matrix (out in): `up` (out r), `down` (r in)."""
+
+    up: Tensor
+    down: Tensor
 
 
 class OffsetAdapter(WeightAdapterBase):
@@ -40,7 +49,7 @@ class OffsetAdapter(WeightAdapterBase):
 def attention_matrices(unet: torch.nn.Module, parts: Sequence[str] = PARTS) -> dict[str, torch.nn.Module]:
     """The linear layers q, k and v of self- and cross-attention in every transformer block, by their name in the UNet.
 
-    Of `parts`, `to_out.0` is the layer after attention.
+    Of `parts`, `to_out.0` in `ALL_PARTS` is the layer after attention.
     """
     return {f"{name}.{attention}.{part}": getattr(block, attention).get_submodule(part)
             for name, block in unet.named_modules() if isinstance(block, BasicTransformerBlock)
@@ -62,6 +71,14 @@ def with_offsets(model: ModelPatcher, offsets: Mapping[str, Offset], strength: f
     for key in patches:
         *others, own = patched.patches[key]
         patched.patches[key] = [own, *others]
+    return patched
+
+
+def with_added(model: ModelPatcher, added: Mapping[str, LowRank], strength: float) -> ModelPatcher:
+    """A clone of `model` to whose matrices strength · up @ down is added, as a LoRA is."""
+    patched = model.clone()
+    patched.add_patches({f"diffusion_model.{layer}.weight": LoRAAdapter(
+        {layer}, (factors.up, factors.down, None, None, None, None)) for layer, factors in added.items()}, strength)
     return patched
 
 

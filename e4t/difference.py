@@ -1,0 +1,44 @@
+"""What tuning the whole model on a picture changes, kept small: pure maths on tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from .offsets import Offset, offset_weight
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The factors of what is added to one matrix W (out in): `up` (out r) and `down` (r in)."""
+
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """W' = W ⊙ (1 + Δ) + up @ down of attention matrices, by layer; all tensors fp32 on the CPU."""
+
+    offsets: Mapping[str, Offset]
+    added: Mapping[str, LowRank] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offsets", MappingProxyType(dict(self.offsets)))
+        object.__setattr__(self, "added", MappingProxyType(dict(self.added)))
+
+
+def nothing_added(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, LowRank]:
+    """Factors by layer for matrices (out in) that add nothing yet: `up` is zero, `down` random as in LoRA."""
+    generator = torch.Generator().manual_seed(seed)
+    return {layer: LowRank(torch.zeros(out, rank), torch.randn(rank, given, generator=generator) / given**0.5)
+            for layer, (out, given) in shapes.items()}
+
+
+def changed_weight(weight: Tensor, offset: Offset | None, added: LowRank | None) -> Tensor:
+    """W' (out in) for one matrix, in the precision of the factors."""
+    if offset is not None:
+        weight = offset_weight(weight, offset)
+    return weight if added is None else weight + added.up @ added.down

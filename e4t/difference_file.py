@@ -1,0 +1,141 @@
+"""The file of a concept that tuning the whole model learned: a word and a difference, as fp16 tensors with metadata.
+
+Tensors are `word.` and a text encoder; `left.`, `right.`, `up.` or `down.` and a layer.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..textual_inversion.concept import Concept, Word
+from ..textual_inversion.file import LONGEST, checked_name, free_path, parsed, with_metadata
+from ..textual_inversion.formats import ENCODERS
+from ..textual_inversion.word import PLACEHOLDER, check_placeholder
+from ..training.disk import write_whole
+from .difference import Difference, LowRank
+from .offsets import Offset
+
+FORMAT, METHOD = 1, "e4t"
+ENDING = ".safetensors"
+LARGEST = 64 * 2**20  # bytes; SDXL at rank 4 takes a quarter of it
+MOST_RANK = 128
+NAME = re.compile(rf"word\.({'|'.join(ENCODERS)})|(left|right|up|down)\.\w+(\.\w+)*\.attn[12]\.to_([qkv]|out\.0)",
+                  re.ASCII)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+KIND = "e4t difference"
+
+
+def to_bytes(concept: Concept) -> bytes:
+    """The file of a concept with one word and a difference; equal concepts give equal bytes.
+
+    Raises ValueError for another kind of concept, or for numbers that half precision cannot hold.
+    """
+    if len(concept.words) != 1 or not isinstance(concept.edit, Difference):
+        raise ValueError(f"This file holds one word and a difference of the model; this concept has "
+                         f"{len(concept.words)} words and {type(concept.edit).__name__}.")
+    (word,) = concept.words
+    tensors = {f"word.{encoder}": vectors for encoder, vectors in word.vectors.items()}
+    for layer, offset in concept.edit.offsets.items():
+        tensors |= {f"left.{layer}": offset.left, f"right.{layer}": offset.right}
+    for layer, added in concept.edit.added.items():
+        tensors |= {f"up.{layer}": added.up, f"down.{layer}": added.down}
+    data = with_metadata(
+        safetensors.torch.save({name: t.detach().cpu().half().contiguous() for name, t in tensors.items()}),
+        {
+            **concept.metadata,
+            "concepts.format": str(FORMAT),
+            "concepts.method": METHOD,
+            "concepts.kind": KIND,
+            "concepts.placeholder": word.placeholder,
+            "concepts.class_word": word.class_word,
+            "trained_words": json.dumps([word.placeholder]),
+        },
+    )
+    from_bytes(data, word.placeholder)  # what could not be read again is not written
+    return data
+
+
+def save(concept: Concept, folder: Path, name: str, overwrite: bool = False) -> Path:
+    """Writes `folder/name.safetensors`, whole or not at all, and returns its path.
+
+    A name that is taken gets a counter unless `overwrite`. Raises ValueError for a name that cannot be one, or with
+    the reason when the disk refuses.
+    """
+    data = to_bytes(concept)
+    path = free_path(folder, checked_name(name), ENDING, overwrite)
+    write_whole(path, data)
+    return path
+
+
+def load(path: Path, placeholder: str = "") -> Concept:
+    """Reads a concept; `placeholder` replaces the one in the file. Raises ValueError that says what is wrong."""
+    try:
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise ValueError(f"{path.name} is not a concept: it is {size >> 20} MB large.")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path.name} is not a readable safetensors file: {error.strerror or error}.") from error
+    return from_bytes(data, path.name, placeholder)
+
+
+def is_difference(metadata: Mapping[str, str]) -> bool:
+    """Whether a header is that of such a file."""
+    return metadata.get("concepts.kind") == KIND
+
+
+def from_bytes(data: bytes, name: str, placeholder: str = "") -> Concept:
+    """Reads a concept out of the bytes of its file; `name` is what errors call it.
+
+    Raises ValueError with one sentence unless every name, shape, type and number is what such a concept has.
+    """
+    metadata, tensors = parsed(data, name)
+    if not is_difference(metadata):
+        raise ValueError(f"{name} is not a tuned E4T concept: its header names no such kind.")
+    if metadata.get("concepts.format") != str(FORMAT):
+        raise ValueError(f"{name} has concept format {metadata.get('concepts.format', '')[:20]!r} and this version of "
+                         f"the pack reads {FORMAT}; update ComfyUI-Concepts.")
+    held = {key: _checked(name, key, tensor) for key, tensor in tensors.items()}
+    word = {key.removeprefix("word."): tensor for key, tensor in held.items() if key.startswith("word.")}
+    if not word or len({len(vectors) for vectors in word.values()}) != 1 or len(next(iter(word.values()))) > LONGEST:
+        raise ValueError(f"{name} is damaged: it holds no whole word.")
+    offsets = {layer: Offset(*pair) for layer, pair in _pairs(name, held, "left", "right").items()}
+    added = {layer: LowRank(*pair) for layer, pair in _pairs(name, held, "up", "down").items()}
+    written = metadata.get("concepts.placeholder", "")
+    if placeholder:
+        check_placeholder(placeholder)
+    elif not PLACEHOLDER.fullmatch(written):
+        raise ValueError(f"{name} is damaged: its placeholder is {written[:80]!r}, which no prompt could use.")
+    return Concept((Word(placeholder or written, metadata.get("concepts.class_word", ""), word),),
+                   Difference(offsets, added), metadata)
+
+
+def _checked(name: str, key: str, tensor: Tensor) -> Tensor:
+    """The tensor in single precision, if such a concept may hold one of this name, type and shape."""
+    if not NAME.fullmatch(key):
+        raise ValueError(f"{name} is not a concept of format {FORMAT}: it holds a tensor {key[:80]!r}.")
+    if tensor.ndim != 2 or 0 in tensor.shape or tensor.dtype not in DTYPES:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} is damaged: {key!r} is {kind} of the shape {tuple(tensor.shape)}.")
+    with torch.inference_mode(False):
+        tensor = tensor.to(torch.float32, copy=True)
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} is damaged: {key!r} holds values that are not finite numbers.")
+    return tensor
+
+
+def _pairs(name: str, held: Mapping[str, Tensor], first: str, second: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """The two factors (out r) and (r in) of each layer."""
+    layers = dict.fromkeys(key.partition(".")[2] for key in held if key.partition(".")[0] in (first, second))
+    pairs = {}
+    for layer in layers:
+        one, two = held.get(f"{first}.{layer}"), held.get(f"{second}.{layer}")
+        if one is None or two is None or not one.shape[1] == len(two) <= MOST_RANK:
+            raise ValueError(f"{name} is damaged: {first} and {second} of {layer} do not go together.")
+        pairs[layer] = one, two
+    return pairs

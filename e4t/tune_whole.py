@@ -1,0 +1,117 @@
+"""Tuning as in the paper (E4T, section 4.3): word, encoder, offsets and the model itself, on one picture or a few.
+
+Of the model, low-rank differences of the attention matrices are learned in place of all weights, so that what is kept
+is a compact difference. The word is what the tuned encoder predicts in the mean, which spares the encoder in each step
+of sampling.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..host.cross_attention import overridden
+from ..host.folders import unfinished_folder
+from ..host.sockets import CLIP, ModelPatcher
+from ..host.text import encode_words
+from ..host.weight_offsets import ALL_PARTS, attention_matrices, matrix_shapes, offset_layers
+from ..textual_inversion.concept import Concept
+from ..textual_inversion.train import Recipe, WordMethod
+from ..training.dataset import Lessons, Photo, squares
+from ..training.draws import Batch
+from .difference import Difference, LowRank, changed_weight, nothing_added
+from .difference_file import save
+from .domain import Domain
+from .method import SENTENCES, Predictor
+from .offsets import Offset
+from .samples import to_shown
+from .tune import predict
+from .use import with_difference
+
+RANK = 4
+
+
+class TunedWhole(WordMethod):
+    """`learning_rate` of the recipe is that of the factors; the encoder moves at `ENCODER` of it."""
+
+    architecture = "e4t"
+    ENCODER = 0.05
+
+    def __init__(self, domain: Domain, photos: Sequence[Photo], unet: ModelPatcher, clip: CLIP, recipe: Recipe,
+                 lessons: Lessons) -> None:
+        super().__init__(unet, clip, recipe, lessons)
+        self.device, self.latents = unet.load_device, lessons.latents[:, 0]
+        self.encoder = copy.deepcopy(domain.encoder).to(self.device).requires_grad_()
+        shown = squares(photos, lessons.latents.shape[-1] * 8)
+        self.pictures = torch.stack([photo.picture for photo in shown]).to(self.device)
+        self.predictor = Predictor(unet, clip, domain.word, self.encoder, {}, domain.scale, torch.zeros(0, 0))
+        self.predictor.installed.close()
+        self.offsets = {layer: Offset(*(f.detach().clone().to(self.device).requires_grad_()
+                                        for f in (offset.left, offset.right)))
+                        for layer, offset in domain.offsets.items()}
+        self.added = {layer: LowRank(*(f.to(self.device).requires_grad_() for f in (factors.up, factors.down)))
+                      for layer, factors in nothing_added(matrix_shapes(unet, ALL_PARTS), RANK, recipe.seed).items()}
+        self.matrices = attention_matrices(self.model.diffusion_model, ALL_PARTS)
+        self.changed: dict[str, Tensor] = {}
+        self.installed = ExitStack()
+        self.installed.enter_context(overridden(offset_layers(
+            self.model.diffusion_model, lambda name, weight: self.changed.get(name, weight), ALL_PARTS)))
+
+    def parameters(self) -> list[dict[str, Any]]:
+        factors = [f for offset in self.offsets.values() for f in (offset.left, offset.right)]
+        factors += [f for pair in self.added.values() for f in (pair.up, pair.down)]
+        rate = self.recipe.learning_rate
+        return [{"params": list(self.encoder.parameters()), "lr": self.ENCODER * rate}, {"params": factors, "lr": rate}]
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The error (b) under words that the encoder predicts from each sample's own noised latent."""
+        self.changed = {}
+        pictures = to_shown(self.pictures[batch.photos], self.encoder.shape.side)
+        said = self.predictor.predict(pictures, batch.latents, batch.noise, batch.timesteps)
+        context, pooled = encode_words(self.clip, self.prompts(batch), self.predictor.words(said))
+        self.changed = {layer: changed_weight(matrix.weight, self.offsets.get(layer), self.added[layer])
+                        for layer, matrix in self.matrices.items()}
+        return self.error_under(batch, context, pooled)
+
+    def after_step(self) -> None:
+        """Nothing is held back: the word follows the encoder."""
+
+    def sampled(self) -> ModelPatcher:
+        self.changed = {}
+        self._settle()
+        return with_difference(self.unet, self.difference(), 1.0)
+
+    def concept(self, metadata: Mapping[str, str]) -> Concept:
+        self.changed = {}
+        self._settle()
+        return Concept((self.word(),), self.difference(), metadata)
+
+    def keep(self, concept: Concept, name: str) -> Path:
+        return save(concept, unfinished_folder(), name)
+
+    def difference(self) -> Difference:
+        """What is learned so far, as values of its own."""
+
+        def own(tensor: Tensor) -> Tensor:
+            return tensor.detach().cpu().clone()
+
+        return Difference({layer: Offset(own(o.left), own(o.right)) for layer, o in self.offsets.items()},
+                          {layer: LowRank(own(f.up), own(f.down)) for layer, f in self.added.items()})
+
+    def _settle(self) -> None:
+        """Makes the word what the encoder now predicts in the mean."""
+        start = predict(self.predictor, self.pictures, self.latents, self.recipe.seed)
+        for name, vectors in start.words.items():
+            self.leaves[name].data.copy_(vectors)
+
+
+def whole_recipe(domain: Domain, placeholder: str, steps: int, seed: int, **changes) -> Recipe:
+    """Few steps from a good start, in the sentences of pretraining."""
+    settings = {"batch_size": 8, "learning_rate": 2e-3, "mask_floor": 0.02, "schedule": "constant",
+                "sentences": SENTENCES}
+    return Recipe(**{"placeholder": placeholder, "init_text": domain.word, "steps": steps, "seed": seed, **settings,
+                     **changes})

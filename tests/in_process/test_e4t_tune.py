@@ -1,0 +1,198 @@
+"""Concepts tuned on toys: where they start, what they learn, and that they are used as they were learned."""
+
+from functools import partial
+
+import folder_paths
+import pytest
+import torch
+from concepts_pack.e4t import difference_file
+from concepts_pack.e4t.domain import Domain
+from concepts_pack.e4t.encoder import Encoder
+from concepts_pack.e4t.method import Predictor
+from concepts_pack.e4t.offsets import RANK, Offset
+from concepts_pack.e4t.pretrain import shape_of
+from concepts_pack.e4t.tune import TunedEdit, predict, tuning_recipe
+from concepts_pack.e4t.tune_whole import TunedWhole, whole_recipe
+from concepts_pack.e4t.use import apply_offsets, apply_tuned
+from concepts_pack.host.copies import private_copies
+from concepts_pack.host.objective import denoising_error
+from concepts_pack.host.text import encode
+from concepts_pack.host.weight_offsets import matrix_shapes
+from concepts_pack.perfusion.file import to_bytes
+from concepts_pack.textual_inversion.train import Preview, learn_word
+from concepts_pack.training.dataset import Lessons, gather
+from concepts_pack.training.draws import draw
+
+from . import ranks
+from .conftest import WIDTH
+
+METRIC = torch.eye(WIDTH)
+QUIET = Preview(every=0, steps=1)
+
+
+@pytest.fixture(autouse=True)
+def output(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def domain(model, clip):
+    """One whose predictions are far from the class word."""
+    with private_copies(model, clip) as (unet, text):
+        torch.manual_seed(0)
+        encoder = Encoder(shape_of(unet, text, ranks.RECIPE))
+    for layer in (*encoder.words.values(), encoder.values):
+        torch.nn.init.normal_(layer.weight, std=0.5)
+    generator = torch.Generator().manual_seed(1)
+    offsets = {layer: Offset(0.1 * torch.randn(out, RANK, generator=generator),
+                             torch.randn(RANK, given, generator=generator))
+               for layer, (out, given) in matrix_shapes(model).items()}
+    return Domain("cat", "SD15", encoder.requires_grad_(False).eval(), offsets)
+
+
+@pytest.fixture
+def photos():
+    return gather([torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(4))])
+
+
+def edited(domain, photos, model, clip, vae, steps, **changes):
+    method = partial(TunedEdit, domain, photos, METRIC, "toy")
+    recipe = tuning_recipe(domain, "<mine>", steps, 5, own_masks=False, **changes)
+    return learn_word(model, clip, vae, photos, recipe, QUIET, method_of=method).concept
+
+
+def whole(domain, photos, model, clip, vae, steps, **changes):
+    method = partial(TunedWhole, domain, photos)
+    return learn_word(model, clip, vae, photos, whole_recipe(domain, "<mine>", steps, 5, **changes), QUIET,
+                      method_of=method).concept
+
+
+def test_an_edit_starts_where_the_encoder_puts_it(domain, photos, model, clip):
+    latents = torch.randn(1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with private_copies(model, clip) as (unet, text):
+        predictor = Predictor(unet, text, "cat", domain.encoder, {}, 1.0, METRIC)
+        expected = predict(predictor, torch.stack([p.picture for p in photos]), latents[:, 0], 5)
+        predictor.installed.close()
+        recipe = tuning_recipe(domain, "<mine>", 5, 5, own_masks=False)
+        method = TunedEdit(domain, photos, METRIC, "toy", unet, text, recipe, Lessons(latents, None, ("",)))
+        concept = method.concept({})
+        with torch.no_grad():
+            met = encode(method.clip, "a photo of a <mine>")[0][0, 5]
+    torch.testing.assert_close(concept.words[0].vectors["clip_l"], expected.words["clip_l"])
+    for name, values in expected.values.items():
+        torch.testing.assert_close(concept.edit.values[name], values)
+    cosine = torch.nn.functional.cosine_similarity(concept.edit.target_input, met, dim=0)
+    assert cosine > 0.9 and not torch.equal(concept.edit.target_input, concept.edit.super_input)
+
+
+def test_pictures_that_the_encoder_is_unsure_of_are_told(domain, model, clip):
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    picture = torch.rand(1, 32, 32, 3, generator=torch.Generator().manual_seed(1))
+    with private_copies(model, clip) as (unet, text):
+        predictor = Predictor(unet, text, "cat", domain.encoder, {}, 1.0, METRIC)
+        sure = predict(predictor, picture, latents, 0).doubt
+        predictor.encoder.unet.weight.data *= 100  # now it hears the noise more than the picture
+        unsure = predict(predictor, picture, latents, 0).doubt
+        predictor.encoder.unet.weight.data /= 100
+    assert 0 < sure < unsure
+
+
+def test_tuning_moves_word_and_values(domain, photos, model, clip, vae):
+    start, tuned = (edited(domain, photos, model, clip, vae, steps, learning_rate=0.01) for steps in (0, 2))
+    assert not torch.equal(start.words[0].vectors["clip_l"], tuned.words[0].vectors["clip_l"])
+    assert not any(torch.equal(start.edit.values[name], value) for name, value in tuned.edit.values.items())
+    assert start.metadata["modelspec.architecture"] == "SD15/e4t-perfusion"
+    assert len(to_bytes(tuned)) > 1000  # an ordinary concept file
+
+
+def test_the_whole_starts_as_the_domain_and_adds_nothing(domain, photos, model, clip, vae):
+    concept = whole(domain, photos, model, clip, vae, 0)
+    assert all(torch.equal(concept.edit.offsets[layer].left, offset.left) for layer, offset in domain.offsets.items())
+    assert not any(added.up.any() for added in concept.edit.added.values())
+
+
+def test_the_whole_learns_all_of_it_and_leaves_the_model(domain, photos, model, clip, vae):
+    before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
+    encoder = {name: tensor.clone() for name, tensor in domain.encoder.state_dict().items()}
+    start, concept = (whole(domain, photos, model, clip, vae, steps) for steps in (0, 2))
+    assert not torch.equal(start.words[0].vectors["clip_l"], concept.words[0].vectors["clip_l"])
+    assert not any(torch.equal(offset.left, domain.offsets[layer].left)
+                   for layer, offset in concept.edit.offsets.items())
+    assert all(bool(added.up.any()) for added in concept.edit.added.values())
+    assert any(layer.endswith("to_out.0") for layer in concept.edit.added)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.model.state_dict().items())
+    assert all(torch.equal(tensor, encoder[name]) for name, tensor in domain.encoder.state_dict().items())
+    assert not any("forward" in vars(module) for module in model.model.modules())
+
+
+def test_the_whole_is_used_as_it_was_learned(domain, photos, model, clip, vae):
+    """The loss in training is that of the patched model under the tuned word's encoding."""
+    latents = torch.randn(1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with private_copies(model, clip) as (unet, text):
+        method = TunedWhole(domain, photos, unet, text, whole_recipe(domain, "<mine>", 5, 5, sentences=("a {}",)),
+                            Lessons(latents, None, ("",)))
+        for added in method.added.values():
+            added.up.data.normal_(generator=torch.Generator().manual_seed(2))
+        batch = draw(latents, 1000, 1, 0, 0)
+        with torch.no_grad():
+            found = method.loss(batch)
+            method.changed.clear()
+            said = method.predictor.predict(method.pictures, batch.latents, batch.noise, batch.timesteps)
+            vectors = {name: v[0] for name, v in method.predictor.words(said).items()}
+        concept = method.concept({})
+        for name, v in vectors.items():
+            concept.words[0].vectors[name].copy_(v)
+        method.installed.close()
+    tuned, taught = apply_tuned(model, clip, concept, 1.0)
+    with private_copies(tuned, taught) as (unet, text), torch.no_grad():
+        expected = denoising_error(unet.model, batch.latents, batch.noise, batch.timesteps,
+                                   encode(text, "a <mine>")[0], None).mean()
+    torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_strength_zero_is_the_model_itself(domain, photos, model, clip, vae):
+    concept = whole(domain, photos, model, clip, vae, 0)
+    assert apply_tuned(model, clip, concept, 0.0) == (model, clip)
+    assert apply_offsets(model, domain, 0.0) is model
+    assert apply_offsets(model, domain, 0.5).patches.keys() == {
+        f"diffusion_model.{layer}.weight" for layer in domain.offsets}
+
+
+def test_another_base_is_one_sentence(domain, photos, model, clip, vae, other_base):
+    name, other, other_clip = other_base
+    if name == "SD20":
+        pytest.skip("the toys of SD1.x and SD2.x have the same matrices")
+    concept = whole(domain, photos, model, clip, vae, 0)
+    for use in (lambda: apply_tuned(other, other_clip, concept, 1.0), lambda: apply_offsets(other, domain, 1.0)):
+        with pytest.raises(ValueError, match="SD15.*load a checkpoint of that base"):
+            use()
+
+
+def test_what_is_saved_is_loaded(domain, photos, model, clip, vae, tmp_path):
+    concept = whole(domain, photos, model, clip, vae, 1)
+    read = difference_file.load(difference_file.save(concept, tmp_path, "mine"))
+    assert read.words[0].placeholder == "<mine>" and read.words[0].class_word == "cat"
+    assert difference_file.to_bytes(read) == difference_file.to_bytes(concept)
+    for layer, added in concept.edit.added.items():
+        torch.testing.assert_close(read.edit.added[layer].up, added.up, rtol=1e-3, atol=1e-4)
+    assert difference_file.load(tmp_path / "mine.safetensors", "<other>").words[0].placeholder == "<other>"
+
+
+WRONG = {
+    "names no such kind": lambda header, held: header.pop("concepts.kind"),
+    "update ComfyUI-Concepts": lambda header, held: header.update({"concepts.format": "2"}),
+    "holds no whole word": lambda header, held: held.pop("word.clip_l"),
+    "do not go together": lambda header, held: held.pop(next(name for name in held if name.startswith("up."))),
+    "it holds a tensor": lambda header, held: held.update({"other": torch.zeros(1, 1)}),
+    "not finite": lambda header, held: held.update({"word.clip_l": torch.full((1, WIDTH), torch.nan)}),
+    "of the shape": lambda header, held: held.update({"word.clip_l": torch.zeros(WIDTH)}),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_damaged_files_are_one_sentence(domain, photos, model, clip, vae, said):
+    header, held = difference_file.parsed(difference_file.to_bytes(whole(domain, photos, model, clip, vae, 0)), "it")
+    WRONG[said](header, held)
+    data = difference_file.with_metadata(difference_file.safetensors.torch.save(held), header)
+    with pytest.raises(ValueError, match=said):
+        difference_file.from_bytes(data, "bad.safetensors")
