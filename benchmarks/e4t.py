@@ -65,7 +65,8 @@ def learners(base, kind: str, file: Path, seed: int) -> dict[str, Callable]:
         recipe = EditRecipe("<mine>", kind, seed=seed, momentum=0.9, **pace)
         return learn_word(*base, given, recipe, QUIET, method_of=partial(EditMethod, metric, encoder)).concept
 
-    kinds = (("E4T + Perfusion", tuned, TUNED), ("Textual Inversion", inverted, INVERTED), ("Perfusion", edited, EDITED))
+    kinds = (("E4T + Perfusion", tuned, TUNED), ("Textual Inversion", inverted, INVERTED),
+             ("Perfusion", edited, EDITED))
     return {f"{label}, {steps} steps": partial(learn, steps) for label, learn, each in kinds for steps in each}
 
 

@@ -17,10 +17,11 @@ def script(path):
 
 
 HERE = Path(__file__).resolve().parent
-launch = script(HERE.parents[1] / "microworld" / "launch.py")
-launch.use_host()
-launch.load_pack()
-toys = script(HERE / "conftest.py")
+if __name__ == "__main__":
+    launch = script(HERE.parents[1] / "microworld" / "launch.py")
+    launch.use_host()
+    launch.load_pack()
+    toys = script(HERE / "conftest.py")
 
 import torch  # noqa: E402
 from concepts_pack.e4t.domain import save  # noqa: E402

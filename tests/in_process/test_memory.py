@@ -23,7 +23,8 @@ def held():
     """How many tensors are alive, their bytes, and how many models the host has down as loaded."""
     gc.collect()
     alive = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    return len(alive), sum(tensor.nbytes for tensor in alive), len(comfy.model_management.current_loaded_models)
+    dense = [tensor for tensor in alive if tensor.layout == torch.strided]
+    return len(alive), sum(tensor.nbytes for tensor in dense), len(comfy.model_management.current_loaded_models)
 
 
 def grown(train, first, last):
