@@ -1,4 +1,5 @@
-"""Runs the Textual Inversion example in a running ComfyUI and lays the learned word beside the class word.
+"""Runs the Textual Inversion example in a running ComfyUI and lays the learned word beside the class word, then the
+Perfusion example that draws one concept at several biases.
 
 `python3 dev.py demo` starts the server and calls this with the host's Python. The training node's inputs stay the same
 from one submission to the next, so the server trains once and then only draws.
@@ -16,6 +17,7 @@ from client import Client, ComfyError, choose, to_prompt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 WORKFLOW = Path(__file__).parents[1] / "example_workflows" / "textual_inversion.json"
+SLIDER = WORKFLOW.with_name("perfusion_slider.json")
 PHOTOS, TRAIN = "ConceptsMicroworldPhotos", "ConceptsTrainTextualInversion"
 SCENES = (
     "a {} in the snow",
@@ -41,13 +43,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="train for fewer steps than the workflow says")
     options = parser.parse_args()
     try:
-        sheet = demonstrate(Client(options.server), options.out, options.steps)
+        client = Client(options.server)
+        sheet = demonstrate(client, options.out, options.steps)
+        slider = slide(client, options.out)
     except ComfyError as error:
         print(error)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(f"Contact sheet: {sheet}\nAll pictures:  {options.out}")
+    print(f"Contact sheet: {sheet}\nOne slider:    {slider}\nAll pictures:  {options.out}")
     return 0
 
 
@@ -85,6 +89,25 @@ def draw(client: Client, prompt: dict, text: str, seed: int, stem: Path) -> list
     prompt[sampler["positive"][0]]["inputs"]["text"] = text
     outputs = client.run(prompt)
     return client.save_images(outputs[find(prompt, "SaveImage")], stem.parent, stem.name)
+
+
+def slide(client: Client, out: Path) -> Path:
+    """Run the Perfusion example, keep its pictures, and return a sheet with a column for each bias."""
+    prompt = to_prompt(json.loads(SLIDER.read_text(encoding="utf-8")), client.object_info())
+    print("one concept at several biases", flush=True)
+    outputs = client.run(prompt, Progress())
+    saving = {node["_meta"]["title"]: outputs[key] for key, node in prompt.items() if node["class_type"] == "SaveImage"}
+    columns = {title: client.save_images(output, out, title.replace(" ", "-")) for title, output in saving.items()}
+    rows = max(map(len, columns.values()))
+    size = (2 * MARGIN + len(columns) * (CELL + GAP) - GAP, 2 * MARGIN + 36 + rows * (CELL + GAP) - GAP)
+    sheet = Image.new("RGB", size, PAPER)
+    for number, (title, pictures) in enumerate(columns.items()):
+        left = MARGIN + number * (CELL + GAP)
+        write(sheet, (left, MARGIN), title, 18, INK)
+        for row, picture in enumerate(pictures):
+            paste(sheet, picture, (left, MARGIN + 36 + row * (CELL + GAP)))
+    sheet.save(out / "slider.png")
+    return out / "slider.png"
 
 
 def find(prompt: dict, kind: str) -> str:
