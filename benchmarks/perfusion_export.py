@@ -1,0 +1,123 @@
+"""How near a concept's LoRA is to its gated edit: `python3 dev.py run benchmarks/perfusion_export.py`.
+
+The concepts are those inside the example workflows. Outputs of the key and value layers are compared on the scenes'
+prompts, at the concept's token and at the others, as shares of what the edit changes there; pictures of the exported
+LoRA with the concept's word are judged beside those of the edit and of the class word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import comfy.sd
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..host.cross_attention import cross_attentions, overridden
+from ..host.lora_names import lora_names
+from ..host.text import encode, ready, word_places
+from ..microworld.oracle import load
+from ..microworld.world import concept_photos
+from ..perfusion.apply import applied, overrides
+from ..perfusion.covariance import precision
+from ..perfusion.inline import from_text
+from ..perfusion.lora import to_lora
+from ..perfusion.use import apply_concept
+from ..textual_inversion.apply import apply_words
+from ..textual_inversion.concept import Concept
+from .microworld import interval
+from .sampling import draw, load_checkpoint
+from .textual_inversion import HERE, REAL_SEED, SCENES, judge
+
+EXAMPLE = HERE.parent / "example_workflows" / "perfusion_two_concepts.json"
+BIASES = (0.5, 0.75, 1.0)
+STRENGTHS = (0.7, 1.0)
+
+
+def concepts() -> dict[str, Concept]:
+    """The example's concepts, by their names in the sample world, whose test split they are from."""
+    nodes = json.loads(EXAMPLE.read_text(encoding="utf-8"))["nodes"]
+    found = [from_text(node["widgets_values"][0]) for node in nodes if node["type"] == "ConceptsInline"]
+    return {f"test {concept.words[0].class_word}": concept for concept in found}
+
+
+@torch.no_grad()
+def layer_differences(base, concept: Concept, bias: float) -> dict[str, float]:
+    """|LoRA - edit| ÷ |edit - plain| over all layers and scenes, at the concept's token and at the others."""
+    model, clip = base[0], ready(apply_words(base[1], concept, 1.0))
+    (word,), metric = concept.words, precision(base[1])
+    lora, names = to_lora(model, concept, metric), lora_names(model)
+    attentions = cross_attentions(model.model.diffusion_model)
+    edit = applied(concept.edit, metric, word.placeholder, bias=bias)
+    squares: dict[str, np.ndarray] = {}
+    for scene, _ in SCENES:
+        text = scene.format(word.placeholder)
+        context, place = encode(clip, text)[0].float(), word_places(clip, text, 1)[0]
+        parts = {"concept's token": slice(place, place + 1), "tokens behind it": slice(place + 1, None)}
+        layers, _ = overrides(attentions, [edit])
+        for name, attention in attentions.items():
+            for kind in ("to_k", "to_v"):
+                layer = getattr(attention, kind)
+                plain = layer(context)
+                with overridden(layers):
+                    edited = layer(context)
+                change = lora_change(lora, names[f"diffusion_model.{name}.attn2.{kind}.weight"], context)
+                for part, chosen in parts.items():
+                    apart = [(x[:, chosen] ** 2).sum().item() for x in (plain + change - edited, edited - plain)]
+                    label = f"{'keys' if kind == 'to_k' else 'values'}, {part}"
+                    squares[label] = squares.get(label, 0) + np.array(apart)
+    return {label: float(np.sqrt(off / moved)) for label, (off, moved) in squares.items()}
+
+
+def lora_change(lora: dict[str, Tensor], name: str, context: Tensor) -> Tensor:
+    return context @ lora[f"{name}.lora_down.weight"].float().T @ lora[f"{name}.lora_up.weight"].float().T
+
+
+def pictures_of(base, concept: Concept, seed: int, cfg: float, label: str, amount: float) -> Tensor:
+    """One picture of each scene (n h w 3)."""
+    (word,), (model, clip, vae), written = concept.words, base, concept.words[0].placeholder
+    if label == "edit":
+        model, clip = apply_concept(model, clip, concept, 1.0, bias=amount)
+    elif label == "LoRA":
+        lora = to_lora(model, concept, precision(clip))
+        model, clip = comfy.sd.load_lora_for_models(model, None, lora, amount, 0)[0], apply_words(clip, concept, 1.0)
+    else:
+        written = word.class_word
+    return draw(model, clip, vae, [scene.format(written) for scene, _ in SCENES], 1000 * seed, cfg=cfg)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cfg", type=float, default=3.0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    oracle, base = load(), load_checkpoint()
+    variants = [("class word", 0.0), *(("edit", bias) for bias in BIASES), *(("LoRA", s) for s in STRENGTHS)]
+    layers: dict = {}
+    scores: dict[tuple[str, float], list] = {variant: [] for variant in variants}
+    for name, concept in concepts().items():
+        layers[name] = {f"bias {bias}": layer_differences(base, concept, bias) for bias in BIASES}
+        print(name, json.dumps(layers[name], indent=1), flush=True)
+        real = torch.from_numpy(concept_photos(name, 24, REAL_SEED)[0])
+        for seed in range(args.seeds):
+            for variant, found in scores.items():
+                images = pictures_of(base, concept, seed, args.cfg, *variant)
+                found.append(judge(oracle, images, concept.words[0].class_word, real))
+                print(name, seed, *variant, *found[-1], flush=True)
+    result = {
+        "|LoRA - edit| / |edit - plain|": layers,
+        "pictures": {f"{label} {amount}": dict(zip(("ID", "TXT"), map(interval, np.array(found).T), strict=True))
+                     for (label, amount), found in scores.items()},
+        "seeds": args.seeds, "cfg": args.cfg,
+    }
+    text = json.dumps(result, indent=1)
+    Path(HERE / "results" / "perfusion_export.json").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
