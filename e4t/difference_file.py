@@ -9,14 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from ..textual_inversion.concept import Concept, Word
-from ..textual_inversion.file import LONGEST, checked_name, free_path, parsed, with_metadata
+from ..textual_inversion.file import (
+    LONGEST,
+    parsed,
+    placeholder_in,
+    require_format,
+    single_precision,
+    with_metadata,
+    write_named,
+)
 from ..textual_inversion.formats import ENCODERS
-from ..textual_inversion.word import PLACEHOLDER, check_placeholder
-from ..training.disk import write_whole
+from ..training.disk import read_whole
 from .difference import Difference, LowRank
 from .offsets import Offset
 
@@ -26,7 +32,6 @@ LARGEST = 64 * 2**20  # bytes; SDXL at rank 4 takes a quarter of it
 MOST_RANK = 128
 NAME = re.compile(rf"word\.({'|'.join(ENCODERS)})|(left|right|up|down)\.\w+(\.\w+)*\.attn[12]\.to_([qkv]|out\.0)",
                   re.ASCII)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KIND = "e4t difference"
 
 
@@ -61,27 +66,13 @@ def to_bytes(concept: Concept) -> bytes:
 
 
 def save(concept: Concept, folder: Path, name: str, overwrite: bool = False) -> Path:
-    """Writes `folder/name.safetensors`, whole or not at all, and returns its path.
-
-    A name that is taken gets a counter unless `overwrite`. Raises ValueError for a name that cannot be one, or with
-    the reason when the disk refuses.
-    """
-    data = to_bytes(concept)
-    path = free_path(folder, checked_name(name), ENDING, overwrite)
-    write_whole(path, data)
-    return path
+    """Writes `folder/name.safetensors` as `write_named` does."""
+    return write_named(to_bytes(concept), folder, name, ENDING, overwrite)
 
 
 def load(path: Path, placeholder: str = "") -> Concept:
     """Reads a concept; `placeholder` replaces the one in the file. Raises ValueError that says what is wrong."""
-    try:
-        size = path.stat().st_size
-        if size > LARGEST:
-            raise ValueError(f"{path.name} is not a concept: it is {size >> 20} MB large.")
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path.name} is not a readable safetensors file: {error.strerror or error}.") from error
-    return from_bytes(data, path.name, placeholder)
+    return from_bytes(read_whole(path, LARGEST, "a concept"), path.name, placeholder)
 
 
 def is_difference(metadata: Mapping[str, str]) -> bool:
@@ -97,21 +88,15 @@ def from_bytes(data: bytes, name: str, placeholder: str = "") -> Concept:
     metadata, tensors = parsed(data, name)
     if not is_difference(metadata):
         raise ValueError(f"{name} is not a tuned E4T concept: its header names no such kind.")
-    if metadata.get("concepts.format") != str(FORMAT):
-        raise ValueError(f"{name} has concept format {metadata.get('concepts.format', '')[:20]!r} and this version of "
-                         f"the pack reads {FORMAT}; update ComfyUI-Concepts.")
+    require_format(name, metadata, FORMAT, "concept")
     held = {key: _checked(name, key, tensor) for key, tensor in tensors.items()}
     word = {key.removeprefix("word."): tensor for key, tensor in held.items() if key.startswith("word.")}
     if not word or len({len(vectors) for vectors in word.values()}) != 1 or len(next(iter(word.values()))) > LONGEST:
         raise ValueError(f"{name} is damaged: it holds no whole word.")
     offsets = {layer: Offset(*pair) for layer, pair in _pairs(name, held, "left", "right").items()}
     added = {layer: LowRank(*pair) for layer, pair in _pairs(name, held, "up", "down").items()}
-    written = metadata.get("concepts.placeholder", "")
-    if placeholder:
-        check_placeholder(placeholder)
-    elif not PLACEHOLDER.fullmatch(written):
-        raise ValueError(f"{name} is damaged: its placeholder is {written[:80]!r}, which no prompt could use.")
-    return Concept((Word(placeholder or written, metadata.get("concepts.class_word", ""), word),),
+    written = placeholder_in(name, metadata, placeholder)
+    return Concept((Word(written, metadata.get("concepts.class_word", ""), word),),
                    Difference(offsets, added), metadata)
 
 
@@ -119,14 +104,10 @@ def _checked(name: str, key: str, tensor: Tensor) -> Tensor:
     """The tensor in single precision, if such a concept may hold one of this name, type and shape."""
     if not NAME.fullmatch(key):
         raise ValueError(f"{name} is not a concept of format {FORMAT}: it holds a tensor {key[:80]!r}.")
-    if tensor.ndim != 2 or 0 in tensor.shape or tensor.dtype not in DTYPES:
+    if tensor.ndim != 2 or 0 in tensor.shape:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(f"{name} is damaged: {key!r} is {kind} of the shape {tuple(tensor.shape)}.")
-    with torch.inference_mode(False):
-        tensor = tensor.to(torch.float32, copy=True)
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} is damaged: {key!r} holds values that are not finite numbers.")
-    return tensor
+    return single_precision(name, key, tensor)
 
 
 def _pairs(name: str, held: Mapping[str, Tensor], first: str, second: str) -> dict[str, tuple[Tensor, Tensor]]:

@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..textual_inversion.file import checked_name, free_path, parsed, with_metadata
-from ..training.disk import write_whole
+from ..textual_inversion.file import parsed, require_format, single_precision, with_metadata, write_named
+from ..training.disk import read_whole
 from .encoder import Encoder, Shape
 from .offsets import Offset
 
@@ -26,7 +26,6 @@ MOST = 2**16  # layers, levels, or numbers in a vector
 MOST_LEVELS, MOST_RANK = 64, 3
 LAYER = re.compile(r"\w+(\.\w+)*\.attn[12]\.to_[qkv]", re.ASCII)
 VALUE = re.compile(r"\w+(\.\w+)*", re.ASCII)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,27 +73,13 @@ def to_bytes(domain: Domain) -> bytes:
 
 
 def save(domain: Domain, folder: Path, name: str, overwrite: bool = False) -> Path:
-    """Writes `folder/name.safetensors`, whole or not at all, and returns its path.
-
-    A name that is taken gets a counter unless `overwrite`. Raises ValueError for a name that cannot be one, or with
-    the reason when the disk refuses.
-    """
-    data = to_bytes(domain)
-    path = free_path(folder, checked_name(name), ENDING, overwrite)
-    write_whole(path, data)
-    return path
+    """Writes `folder/name.safetensors` as `write_named` does."""
+    return write_named(to_bytes(domain), folder, name, ENDING, overwrite)
 
 
 def load(path: Path) -> Domain:
     """Reads a domain. Raises ValueError that says what is wrong."""
-    try:
-        size = path.stat().st_size
-        if size > LARGEST:
-            raise ValueError(f"{path.name} is not an E4T domain: it is {size >> 20} MB large.")
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path.name} is not a readable safetensors file: {error.strerror or error}.") from error
-    return from_bytes(data, path.name)
+    return from_bytes(read_whole(path, LARGEST, "an E4T domain"), path.name)
 
 
 def from_bytes(data: bytes, name: str) -> Domain:
@@ -104,7 +89,7 @@ def from_bytes(data: bytes, name: str) -> Domain:
     """
     metadata, tensors = parsed(data, name)
     _check_header(name, metadata)
-    tensors = {key: _checked(name, key, tensor) for key, tensor in tensors.items()}
+    tensors = {key: single_precision(name, key, tensor) for key, tensor in tensors.items()}
     shape = _shape(name, metadata)
     encoder = _encoder(name, shape, {key: t for key, t in tensors.items() if key.startswith("encoder.")})
     offsets = _offsets(name, {key: t for key, t in tensors.items() if not key.startswith("encoder.")})
@@ -115,24 +100,9 @@ def from_bytes(data: bytes, name: str) -> Domain:
 def _check_header(name: str, metadata: Mapping[str, str]) -> None:
     if metadata.get("concepts.method") != "e4t":
         raise ValueError(f"{name} is not an E4T domain: its header names no such method.")
-    version = metadata.get("concepts.format", "")
-    if version != str(FORMAT):
-        mend = "update ComfyUI-Concepts" if re.fullmatch("[1-9][0-9]*", version) else "it is damaged"
-        raise ValueError(f"{name} has domain format {version[:20]!r} and this version of the pack reads {FORMAT}; "
-                         f"{mend}.")
+    require_format(name, metadata, FORMAT, "domain")
     if not metadata.get("concepts.class_word", "").strip():
         raise ValueError(f"{name} is damaged: it names no class word.")
-
-
-def _checked(name: str, key: str, tensor: Tensor) -> Tensor:
-    """The tensor in single precision, if it is made of finite numbers."""
-    if tensor.dtype not in DTYPES:
-        raise ValueError(f"{name} is damaged: {key[:80]!r} is {str(tensor.dtype).removeprefix('torch.')}.")
-    with torch.inference_mode(False):
-        tensor = tensor.to(torch.float32, copy=True)
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} is damaged: {key[:80]!r} holds values that are not finite numbers.")
-    return tensor
 
 
 def _shape(name: str, metadata: Mapping[str, str]) -> Shape:

@@ -17,8 +17,7 @@ from ..host.unet_features import unet_features
 from ..host.weight_offsets import attention_matrices, offset_layers
 from ..perfusion.apply import Applied, Call
 from ..perfusion.concept import Edit
-from ..perfusion.edit import TRAINING_BIAS, TRAINING_TEMPERATURE, similarity
-from ..perfusion.train import KIN
+from ..perfusion.edit import TRAINING_BIAS, TRAINING_TEMPERATURE, similarity, strayed
 from ..textual_inversion.concept import Word
 from ..textual_inversion.templates import OBJECT, PLACES, fill
 from ..textual_inversion.word import row_size, spread
@@ -98,7 +97,7 @@ class Predictor:
         the weight of how much of the word other tokens hold; else the offsets act.
         """
         predicted = self.predict(pair.pictures, pair.latents, pair.noise, pair.timesteps)
-        sentences = [SENTENCES[(pair.batch.lot + row) % len(SENTENCES)] for row in range(len(pair.pictures))]
+        sentences = [SENTENCES[lot % len(SENTENCES)] for lot in pair.lots]
         context, pooled = encode_words(self.clip, [fill(s, PLACEHOLDER) for s in sentences], self.words(predicted))
         said = torch.cat(list(predicted.words.values()), 1).float()
         size = (self.scale * said).square().mean(1)
@@ -107,9 +106,9 @@ class Predictor:
             size = size + torch.cat([v.float() for v in predicted.values.values()], 1).square().mean(1)
             with torch.autocast(self.device.type, enabled=False):
                 self.call = self._together(context.float(), sentences, values)
-                strayed = selectivity * self._strayed(context.float(), sentences)
+                apart = selectivity * self._strayed(context.float(), sentences)
         else:
-            strayed = 0.0
+            apart = 0.0
             self.changed = {name: offset_weight(layer.weight, self.offsets[name])
                             for name, layer in self.matrices.items() if name in self.offsets}
             size = size + penalty(self.offsets) if self.offsets else size
@@ -119,18 +118,16 @@ class Predictor:
                                         pooled)
         finally:
             self.call, self.changed = None, {}
-        return weighted_mean(error.float(), pair.weights) + regulariser * size + strayed
+        return weighted_mean(error.float(), pair.weights) + regulariser * size + apart
 
     def _strayed(self, context: Tensor, sentences: list[str]) -> Tensor:
-        """How far other tokens of each sentence are nearer to its word than `KIN` (b), as in training a Perfusion edit:
-        tokens behind a word that has moved off its class word have read it."""
-        strayed = []
+        """How far other tokens of each sentence are nearer to its word than they may be (b), as in training an edit."""
+        amounts = []
         for row, sentence in enumerate(sentences):
             place = self.places[sentence]
             target = context[row, place].detach()[None]
-            s = similarity(context[row], target, target @ self.precision)[:, 0]
-            strayed.append((torch.cat([s[:place], s[place + 1:]]) - KIN).clamp(min=0).square().sum())
-        return torch.stack(strayed)
+            amounts.append(strayed(similarity(context[row], target, target @ self.precision)[:, 0], place))
+        return torch.stack(amounts)
 
     def _together(self, context: Tensor, sentences: list[str], values: dict[str, Tensor]) -> Together:
         edits = []

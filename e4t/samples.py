@@ -39,9 +39,11 @@ class Samples:
 @dataclass(frozen=True, eq=False)
 class Pair:
     """One step's material: a batch to denoise, its loss weights (b 1 h w), and what the encoder hears of each subject:
-    another view, as a picture (b h w 3) in 0..1 and as a noised latent."""
+    another view, as a picture (b h w 3) in 0..1 and as a noised latent. `lots` are random numbers, one for each sample,
+    for its sentence."""
 
     batch: Batch
+    lots: tuple[int, ...]
     weights: Tensor
     pictures: Tensor
     latents: Tensor
@@ -64,7 +66,8 @@ def draw_pair(samples: Samples, levels: int, size: int, seed: int, step: int, ro
     photos = batch.photos
     own = Batch(batch.latents[rows].float(), batch.noise[rows], later(batch.timesteps[rows], levels, times),
                 photos[rows], batch.views[rows], batch.lot)
-    return Pair(own, samples.weights[photos, batch.views][rows].float(),
+    lots = tuple(range(batch.lot, batch.lot + size)[rows])
+    return Pair(own, lots, samples.weights[photos, batch.views][rows].float(),
                 samples.pictures[photos, shown][rows].float() / 255,
                 samples.latents[photos, shown][rows].float(), noise[rows], timesteps[rows])
 

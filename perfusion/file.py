@@ -16,10 +16,17 @@ import torch
 from torch import Tensor
 
 from ..textual_inversion.concept import Concept, Word
-from ..textual_inversion.file import LONGEST, checked_name, free_path, parsed, with_metadata
+from ..textual_inversion.file import (
+    LONGEST,
+    parsed,
+    placeholder_in,
+    require_format,
+    single_precision,
+    with_metadata,
+    write_named,
+)
 from ..textual_inversion.formats import ENCODERS
-from ..textual_inversion.word import PLACEHOLDER, check_placeholder
-from ..training.disk import write_whole
+from ..training.disk import read_whole
 from .concept import Edit
 
 FORMAT = 1
@@ -31,7 +38,6 @@ NAME = re.compile(rf"word\.({'|'.join(ENCODERS)})|inputs|values|keys|dual")
 LAYER = re.compile(r"\w+(\.\w+)*", re.ASCII)
 IN_TRANSFORMER = re.compile(r"(?P<top>\w+)(?P<rest>(\.\w+)*)\.transformer_blocks\.(?P<number>[0-9]{1,4})", re.ASCII)
 ENTRY = re.compile(r"(?P<top>\w+)?(?P<rest>(\.\w+)*)(/(?P<number>[0-9]{1,4}))?(:(?P<size>[1-9][0-9]{0,5}))?", re.ASCII)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def to_bytes(concept: Concept) -> bytes:
@@ -74,27 +80,13 @@ def to_bytes(concept: Concept) -> bytes:
 
 
 def save(concept: Concept, folder: Path, name: str, overwrite: bool = False) -> Path:
-    """Writes `folder/name.safetensors`, whole or not at all, and returns its path.
-
-    A name that is taken gets a counter unless `overwrite`. Raises ValueError for a name that cannot be one, or with
-    the reason when the disk refuses.
-    """
-    data = to_bytes(concept)
-    path = free_path(folder, checked_name(name), ENDING, overwrite)
-    write_whole(path, data)
-    return path
+    """Writes `folder/name.safetensors` as `write_named` does."""
+    return write_named(to_bytes(concept), folder, name, ENDING, overwrite)
 
 
 def load(path: Path, placeholder: str = "") -> Concept:
     """Reads a concept; `placeholder` replaces the one in the file. Raises ValueError that says what is wrong."""
-    try:
-        size = path.stat().st_size
-        if size > LARGEST:
-            raise ValueError(f"{path.name} is not a concept: it is {size >> 20} MB large.")
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path.name} is not a readable safetensors file: {error.strerror or error}.") from error
-    return from_bytes(data, path.name, placeholder)
+    return from_bytes(read_whole(path, LARGEST, "a concept"), path.name, placeholder)
 
 
 def from_bytes(data: bytes, name: str, placeholder: str = "") -> Concept:
@@ -117,7 +109,7 @@ def from_bytes(data: bytes, name: str, placeholder: str = "") -> Concept:
     _check_together(name, target, word, values, keys, dual)
     presence, encoder = _presence(name, metadata), metadata.get("concepts.encoder", "")
     edit = Edit(target, super_input, values, keys, presence, encoder, dual)
-    written = _placeholder(name, metadata, placeholder)
+    written = placeholder_in(name, metadata, placeholder)
     return Concept((Word(written, metadata.get("concepts.class_word", ""), word),), edit, metadata)
 
 
@@ -215,11 +207,7 @@ def _check_writable(placeholder: str, edit: Edit) -> None:
 def _check_header(name: str, metadata: Mapping[str, str]) -> None:
     if metadata.get("concepts.method") != "perfusion":
         raise ValueError(f"{name} is not a Perfusion concept: its header names no such method.")
-    version = metadata.get("concepts.format", "")
-    if version != str(FORMAT):
-        mend = "update ComfyUI-Concepts" if re.fullmatch("[1-9][0-9]*", version) else "it is damaged"
-        raise ValueError(f"{name} has concept format {version[:20]!r} and this version of the pack reads {FORMAT}; "
-                         f"{mend}.")
+    require_format(name, metadata, FORMAT, "concept")
 
 
 def _checked(name: str, key: str, tensor: Tensor) -> Tensor:
@@ -228,14 +216,10 @@ def _checked(name: str, key: str, tensor: Tensor) -> Tensor:
         raise ValueError(f"{name} is not a concept of format {FORMAT}: it holds a tensor {key[:80]!r}.")
     dimensions = 1 if key in ("values", "keys", "dual") else 2
     fits = tensor.ndim == dimensions and 0 not in tensor.shape and (key != "inputs" or len(tensor) == 2)
-    if not fits or tensor.dtype not in DTYPES:
+    if not fits:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(f"{name} is damaged: {key!r} is {kind} of the shape {tuple(tensor.shape)}.")
-    with torch.inference_mode(False):
-        tensor = tensor.to(torch.float32, copy=True)
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} is damaged: {key!r} holds values that are not finite numbers.")
-    return tensor
+    return single_precision(name, key, tensor)
 
 
 def _check_together(name: str, target: Tensor, word: Mapping[str, Tensor], values: Mapping[str, Tensor],
@@ -263,14 +247,3 @@ def _presence(name: str, metadata: Mapping[str, str]) -> float:
     if not re.fullmatch(r"-?[0-9]\.[0-9]{1,9}", written):
         raise ValueError(f"{name} is damaged: its presence is {written[:20]!r}, not a number such as 0.6.")
     return float(written)
-
-
-def _placeholder(name: str, metadata: Mapping[str, str], wanted: str) -> str:
-    """The one that is wanted, or the one in the file."""
-    written = metadata.get("concepts.placeholder", "")
-    if wanted:
-        check_placeholder(wanted)
-    elif not PLACEHOLDER.fullmatch(written):
-        raise ValueError(f"{name} is damaged: its placeholder is {written[:80]!r}, which no prompt could use; write "
-                         "another one, such as <mine>.")
-    return wanted or written

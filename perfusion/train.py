@@ -21,11 +21,10 @@ from ..training.dataset import Lessons
 from ..training.draws import Batch
 from .apply import Applied, Call, applied, overrides
 from .concept import Edit
-from .edit import TRAINING_BIAS, TRAINING_TEMPERATURE, similarity
+from .edit import TRAINING_BIAS, TRAINING_TEMPERATURE, similarity, strayed
 from .file import save
 from .masks import zero_shot
 
-KIN = 0.3  # similarity that tokens beside the word may have: those right behind it have read it
 SURE = 0.8  # of the word's own similarity: below this a prompt may hold the word
 
 
@@ -100,17 +99,12 @@ class EditMethod(WordMethod):
         return error + self.recipe.selectivity * self._strayed(batch.lot, target.detach())
 
     def _strayed(self, lot: int, target: Tensor) -> Tensor:
-        """How far the word, among other words, is from i*, and other tokens are nearer to it than `KIN`.
-
-        A word that has moved off its class word is read by all tokens behind it, which then hold the concept as well;
-        and in sentences that no photo shows it may hold less of it.
-        """
+        """How far the word, in a sentence that no photo shows, is from i*, and how much of it other tokens hold."""
         text = fill(AMONG_OTHERS[lot % len(AMONG_OTHERS)], self.recipe.placeholder)
         encodings = encode(self.clip, text)[0][0].float().to(self.device)
         s = similarity(encodings, target[None], self._dual(target)[None])[:, 0]
         place = self._place(text)
-        others = torch.cat([s[:place], s[place + 1:]])
-        return (1 - s[place]).square() + (others - KIN).clamp(min=0).square().sum()
+        return (1 - s[place]).square() + strayed(s, place)
 
     def after_step(self) -> None:
         super().after_step()

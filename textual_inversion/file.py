@@ -4,6 +4,7 @@ import json
 import os
 import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ LAYOUTS = {"ComfyUI, A1111, kohya": ".safetensors", "diffusers": ".safetensors",
 DEFAULT_LAYOUT = next(iter(LAYOUTS))
 ENDINGS = (".safetensors", ".pt", ".bin")
 SINGLE = "emb_params"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LONGEST = 75  # vectors that fit one section of a prompt
 NAME = re.compile(r"[^\s,:<>\[\]()\"|?*\\/]+(/[^\s,:<>\[\]()\"|?*\\/]+)*")
 
@@ -59,10 +61,7 @@ def save(concept: Concept, folder: Path, name: str, overwrite: bool = False, lay
     A name that is taken gets a counter unless `overwrite`. Raises ValueError for a name that prompts could not use,
     or with the reason when the disk refuses.
     """
-    data = to_bytes(concept, layout)
-    path = free_path(folder, checked_name(name), LAYOUTS[layout], overwrite)
-    write_whole(path, data)
-    return path
+    return write_named(to_bytes(concept, layout), folder, name, LAYOUTS[layout], overwrite)
 
 
 def bundle(concept: Concept, lora: Path, folder: Path, name: str, overwrite: bool = False) -> Path:
@@ -78,9 +77,8 @@ def bundle(concept: Concept, lora: Path, folder: Path, name: str, overwrite: boo
         for encoder, vectors in word.vectors.items():
             key = "string_to_param.*" if word.vectors.keys() == {"clip_l"} else encoder
             tensors[f"bundle_emb.{title}.{key}"] = vectors.detach().cpu().float().contiguous()
-    path = free_path(folder, checked_name(name), ".safetensors", overwrite)
-    write_whole(path, with_metadata(safetensors.torch.save(tensors), metadata))
-    return path
+    data = with_metadata(safetensors.torch.save(tensors), metadata)
+    return write_named(data, folder, name, ".safetensors", overwrite)
 
 
 def load(path: Path, placeholder: str = "") -> Concept:
@@ -109,6 +107,17 @@ def _concept(file: str, stem: str, found: Found, metadata: dict[str, str], place
         check_placeholder(written)
         words.append(Word(written, class_word, vectors))
     return Concept(tuple(words), metadata=metadata)
+
+
+def write_named(data: bytes, folder: Path, name: str, ending: str, overwrite: bool) -> Path:
+    """Writes `folder/name` with its ending, whole or not at all, and returns its path.
+
+    A name that is taken gets a counter unless `overwrite`. Raises ValueError for a name that cannot be one, or with
+    the reason when the disk refuses.
+    """
+    path = free_path(folder, checked_name(name), ending, overwrite)
+    write_whole(path, data)
+    return path
 
 
 def checked_name(name: str) -> str:
@@ -168,6 +177,37 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"it holds {name[:80]!r} twice")
         found[name] = value
     return found
+
+
+def require_format(name: str, metadata: Mapping[str, str], wanted: int, kind: str) -> None:
+    """Raises ValueError unless a file's header has the format that this version of the pack reads."""
+    version = metadata.get("concepts.format", "")
+    if version != str(wanted):
+        mend = "update ComfyUI-Concepts" if re.fullmatch("[1-9][0-9]*", version) else "it is damaged"
+        raise ValueError(f"{name} has {kind} format {version[:20]!r} and this version of the pack reads {wanted}; "
+                         f"{mend}.")
+
+
+def single_precision(name: str, key: str, tensor: Tensor) -> Tensor:
+    """A copy in fp32 that can be trained with. Raises ValueError for another type, or numbers that are not finite."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} is damaged: {key[:80]!r} is {str(tensor.dtype).removeprefix('torch.')}.")
+    with torch.inference_mode(False):
+        tensor = tensor.to(torch.float32, copy=True)
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} is damaged: {key[:80]!r} holds values that are not finite numbers.")
+    return tensor
+
+
+def placeholder_in(name: str, metadata: Mapping[str, str], wanted: str) -> str:
+    """The placeholder that is wanted, or the one in the file. Raises ValueError for one that no prompt could use."""
+    written = metadata.get("concepts.placeholder", "")
+    if wanted:
+        check_placeholder(wanted)
+    elif not PLACEHOLDER.fullmatch(written):
+        raise ValueError(f"{name} is damaged: its placeholder is {written[:80]!r}, which no prompt could use; write "
+                         "another one, such as <mine>.")
+    return wanted or written
 
 
 def with_metadata(data: bytes, metadata: dict[str, str]) -> bytes:

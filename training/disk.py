@@ -26,6 +26,17 @@ def write_whole(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def read_whole(path: Path, largest: int, kind: str) -> bytes:
+    """The bytes of a file. Raises ValueError when it cannot be read, or is larger than any file of that `kind`."""
+    try:
+        size = path.stat().st_size
+        if size > largest:
+            raise ValueError(f"{path.name} is not {kind}: it is {size >> 20} MB large.")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path.name} is not a readable safetensors file: {error.strerror or error}.") from error
+
+
 def read_safetensors(path: Path, only: re.Pattern | None = None) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a file; when names match `only`, those tensors alone, for files that hold much else.
 

@@ -1,20 +1,12 @@
 """Trains the toy model and may kill itself on the way: `killed.py OUTPUT STEP`; for test_resume.py."""
 
 import hashlib
-import importlib.util
 import os
 import signal
 import sys
 from pathlib import Path
 
-
-def script(path):
-    """Import a file as a module of its stem."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from scripts import script
 
 HERE = Path(__file__).resolve().parent
 launch = script(HERE.parents[1] / "microworld" / "launch.py")

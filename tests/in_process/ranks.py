@@ -1,23 +1,15 @@
 """Pretrains a toy domain as one of several processes and may kill itself: `ranks.py OUTPUT STEP`; for
 test_e4t_pretrain.py, which sets the variables that torchrun sets."""
 
-import importlib.util
 import os
 import signal
 import sys
 from pathlib import Path
 
-
-def script(path):
-    """Import a file as a module of its stem."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":
+    from scripts import script
+
     launch = script(HERE.parents[1] / "microworld" / "launch.py")
     launch.use_host()
     launch.load_pack()
