@@ -37,9 +37,9 @@ class Together(Call):
         super().__init__(layers, edits)
         self._move(encodings.device)
         calls = [Call(layers, [edit], encodings[row:row + 1]) for row, edit in enumerate(edits)]
-        own = torch.eye(len(edits), device=encodings.device)[:, None]
+        own = torch.eye(len(edits), device=encodings.device)[:, None, None]
         self.only = tuple(
-            tuple(torch.cat(same) * own for same in zip(*kind, strict=True))
+            tuple((torch.cat(same)[..., None] * own).flatten(-2) for same in zip(*kind, strict=True))
             for kind in zip(*(call.only for call in calls), strict=True)
         )
 

@@ -77,11 +77,10 @@ class Call:
     def keys(self, name: str, forward: Callable, encodings: Tensor) -> Tensor:
         """Locked keys: o*_K = W_K·(super-category), whatever the model's weights are now."""
         trained = [a.edit.keys.get(name) for a in self.edits]
-
-        def learned(locked: Tensor) -> Tensor:
-            return torch.stack([o if key is None else key.to(o) for o, key in zip(locked, trained, strict=True)])
-
-        return self._edited(forward, encodings, learned if any(key is not None for key in trained) else None, KEYS)
+        if all(key is None for key in trained):
+            return self._edited(forward, encodings, lambda own: own, KEYS)
+        return self._edited(forward, encodings, lambda own: torch.stack(
+            [o if key is None else key.to(o) for o, key in zip(own, trained, strict=True)]), KEYS)
 
     def values(self, name: str, forward: Callable, encodings: Tensor) -> Tensor:
         """o*_V, from the super-category's own values at strength 0 to those learned at 1."""
@@ -89,20 +88,19 @@ class Call:
             forward, encodings, lambda own: torch.lerp(own, self.learned[name], self.strength[:, None]), VALUES
         )
 
-    def _edited(self, forward: Callable, encodings: Tensor, learned: Callable[[Tensor], Tensor] | None,
+    def _edited(self, forward: Callable, encodings: Tensor, learned: Callable[[Tensor], Tensor],
                 kind: int) -> Tensor:
-        """W e + Δh, where `learned` makes o* (j d_l) of W·(super-category), or leaves it at that."""
+        """W e + Δh, where `learned` makes o* (j d_l) of W·(super-category)."""
         h = forward(encodings)
         if encodings.shape[-1] != len(self.edits[0].dual):
             return h
-        c, g, kept = self._amounts(encodings)[kind]
+        c, gates = self._amounts(encodings)[kind]
         inputs, own = self._through(forward, encodings)
-        if learned is None:
-            return h + change(c, g + kept, inputs, own).to(h)
-        return h + (change(c, g, inputs, learned(own)) + kept @ own).to(h)
+        return h + change(c, gates, inputs, torch.cat([learned(own), own])).to(h)
 
     def _amounts(self, encodings: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Components, gates and what these withhold (b n j) of encodings (b n d), for keys and for values."""
+        """For keys and for values: components (b n j) of encodings (b n d), and what o* and the super-category get of
+        each concept (b n 2j): the gates, and what these withhold."""
         if self.only is not None:
             return self.only
         if not self.known:
@@ -114,8 +112,9 @@ class Call:
             c = components(s, self.inputs, self.dual, present.expand_as(s))
             published, kin = gate(s, self.bias, self.temperature), gate_of_kin(s, self.bias, self.temperature)
             g = torch.where(self.everywhere, published, kin) * present
-            values = c, g, withheld(c, g) * ~self.everywhere
-            self.known[id(encodings)] = encodings, (tuple(amount * self.key_strength for amount in values), values)
+            gates = torch.cat([g, withheld(c, g) * ~self.everywhere], -1)
+            keys = c * self.key_strength, gates * self.key_strength.repeat(2)
+            self.known[id(encodings)] = encodings, (keys, (c, gates))
         return self.known[id(encodings)][1]
 
     def _through(self, forward: Callable, encodings: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,8 @@ def components(s: Tensor, target_inputs: Tensor, dual: Tensor, present: Tensor |
 def change(components: Tensor, gates: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
     """Δh = Σ_j g_j o_j - c_j W i_j, what the edit adds to a layer's output h = W e (equation 3).
 
-    components, gates (… j), inputs W i and outputs o* (j d_l) -> (… d_l).
+    components (… j), inputs W i (j d_l), gates (… k) and outputs (k d_l), which are o* and whatever else is given in
+    place of what is taken out -> (… d_l).
     """
     return torch.cat([gates, -components], -1) @ torch.cat([outputs, inputs])
 
