@@ -63,6 +63,10 @@ class Encoder(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def heard_parameters(self) -> list[nn.Parameter]:
+        """What turns a picture into the image part, where a stem of its own has to learn to see."""
+        return [*self.stem.parameters(), *self.levels.parameters()] if self.stem else []
+
     def image_part(self, pictures: Tensor) -> Tensor:
         """What a picture adds whatever the timestep (b width): the mean over levels of each one's linear layer.
 

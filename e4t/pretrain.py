@@ -38,11 +38,13 @@ from .domain import Domain, load, save, to_bytes
 from .encoder import Encoder, Shape
 from .method import Predictor
 from .offsets import Offset, new_offsets
+from .recognition import recognise
 from .samples import Samples, draw_pair, read_samples
 from .workers import Workers
 
 NUMBERS = {"steps": int, "minutes": float, "batch_size": int, "rate": float, "offset_rate": float, "warmup": int,
-           "regulariser": float, "selectivity": float, "edited": float, "times": float, "seed": int, "side": int}
+           "regulariser": float, "selectivity": float, "edited": float, "times": float, "seed": int, "side": int,
+           "recognition": int, "stem": float}
 log = logging.getLogger("concepts")
 
 
@@ -54,7 +56,8 @@ class Recipe:
     along a half cosine. `edited` is the share of steps that learn the word with its predicted values, `regulariser` the
     weight λ of how far predictions are from the class word, `selectivity` that of how much of the word other tokens of
     a sentence hold, `times` as in `draw_pair`, `average` the most that the moving average of the parameters keeps of
-    itself.
+    itself. A stem of its own first learns to tell subjects apart for `recognition` steps, but no more than `steps`,
+    and from then on at the share `stem` of `rate`.
     """
 
     word: str
@@ -62,6 +65,7 @@ class Recipe:
     minutes: float = 0.0
     batch_size: int = 16
     rate: float = 1e-3
+    stem: float = 0.1
     offset_rate: float = 1e-3
     warmup: int = 200
     weight_decay: float = 0.01
@@ -72,6 +76,7 @@ class Recipe:
     offsets: bool = True
     times: float = 0.6
     average: float = 0.999
+    recognition: int = 150
     seed: int = 0
     levels: tuple[int, ...] = (24, 48, 96, 160)
     side: int = 128
@@ -104,9 +109,12 @@ class Learner:
         self.trained = [*self.encoder.parameters(), *factors]
         self.mean = [parameter.detach().clone() for parameter in self.trained]
         self.clock = torch.zeros(1, dtype=torch.float64)
-        groups = [{"params": list(self.encoder.parameters()), "lr": recipe.rate},
-                  {"params": factors, "lr": recipe.offset_rate},
-                  {"params": [*self.mean, self.clock], "lr": 0.0}]  # which no gradient moves but a state must hold
+        heard = self.encoder.heard_parameters()
+        others = [p for p in self.encoder.parameters() if not any(p is own for own in heard)]
+        self.peaks = (recipe.stem * recipe.rate, recipe.rate, recipe.offset_rate, 0.0)
+        groups = [{"params": params, "lr": peak} for params, peak in zip(
+            (heard, others, factors, [*self.mean, self.clock]),  # the last no gradient moves but a state must hold
+            self.peaks, strict=True)]
         self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
 
     def _go_on_from(self, start: Domain) -> None:
@@ -115,11 +123,20 @@ class Learner:
                              "and these levels, or from nothing.")
         self.encoder.load_state_dict(start.encoder.state_dict())
 
+    def recognise(self, samples: Samples, workers: Workers) -> None:
+        """Teaches a new stem to tell subjects apart."""
+        started = time.monotonic()
+        recognise(self.encoder, samples, min(self.recipe.recognition, self.recipe.steps or self.recipe.recognition),
+                  self.recipe.seed)
+        workers.average(parameter.data for parameter in self.encoder.heard_parameters())
+        for mean, parameter in zip(self.mean, self.trained, strict=True):
+            mean.copy_(parameter.detach())
+        self.clock += time.monotonic() - started
+
     def step(self, pair, number: int, done: float, workers: Workers, bf16: bool) -> float:
         """One step at the share `done` of the whole; returns its loss. Raises ValueError when that is no number."""
         factor = min(1.0, (number + 1) / (self.recipe.warmup + 1)) * (0.5 + 0.5 * cos(pi * done))
-        for group, peak in zip(self.optimiser.param_groups, (self.recipe.rate, self.recipe.offset_rate, 0.0),
-                               strict=True):
+        for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         self.optimiser.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
@@ -200,6 +217,8 @@ def pretrain(
                           {"concepts.training": json.dumps(record, sort_keys=True, separators=(",", ":"))})
 
         try:
+            if not losses and not start:
+                learner.recognise(lessons, workers)
             _train(learner, lessons, samples.part(len(samples.latents) - held, len(samples.latents)), losses, keeping,
                    states, workers, bf16, watch, lambda: kept(domain()))
         finally:

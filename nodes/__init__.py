@@ -8,7 +8,7 @@ from .encode_global_keys import ConceptsEncodeGlobalKeys
 from .export_lora import ConceptsExportLora
 from .inline_concept import ConceptsInline
 from .inspect_concept import ConceptsInspect
-from .load_domain import ConceptsLoadDomain
+from .load_domain import ConceptsApplyDomain, ConceptsLoadDomain
 from .load_photos import ConceptsLoadPhotos
 from .microworld_photos import ConceptsMicroworldPhotos
 from .pretrain_e4t import ConceptsPretrainE4T
@@ -34,6 +34,7 @@ class ConceptsExtension(ComfyExtension):
             ConceptsBundle,
             ConceptsApply,
             ConceptsApplyStack,
+            ConceptsApplyDomain,
             ConceptsHook,
             ConceptsEncodeGlobalKeys,
             ConceptsInline,

@@ -2,8 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..perfusion.use import apply_concept, concept_hook, names
+from ..perfusion.use import concept_hook, names
 from ..textual_inversion.concept import Concept as ConceptValue
+from .applying import applied, require_no_difference
 from .edit_settings import edit_settings
 from .sockets import Concept, require_clip
 
@@ -44,7 +45,7 @@ class ConceptsApply(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, concept: ConceptValue, strength: float, **settings) -> io.NodeOutput:
         require_clip(clip)
-        return io.NodeOutput(*apply_concept(model, clip, concept, strength, **settings))
+        return io.NodeOutput(*applied(model, clip, concept, strength, **settings))
 
 
 class ConceptsApplyStack(io.ComfyNode):
@@ -84,7 +85,7 @@ class ConceptsApplyStack(io.ComfyNode):
         require_clip(clip)
         chosen = [concept for concept in concepts.values() if concept is not None]
         for concept in chosen:
-            model, clip = apply_concept(model, clip, concept, strength, **settings)
+            model, clip = applied(model, clip, concept, strength, **settings)
         return io.NodeOutput(model, clip, names(chosen))
 
 
@@ -121,4 +122,5 @@ class ConceptsHook(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, concept: ConceptValue, strength: float, **settings) -> io.NodeOutput:
         require_clip(clip)
+        require_no_difference(concept, "hooks cannot carry")
         return io.NodeOutput(*concept_hook(model, clip, concept, strength, **settings))

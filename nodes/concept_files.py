@@ -1,9 +1,13 @@
 """Save Concept, Load Concept, and the words that travel in LoRA files."""
 
 from pathlib import Path
+from types import ModuleType
 
 from comfy_api.latest import io, ui
+from safetensors import SafetensorError, safe_open
 
+from ..e4t import difference_file
+from ..e4t.difference import Difference
 from ..host.folders import concepts_folder, embeddings_folder, file_names, file_path, loras_folder
 from ..perfusion import file as edit_file
 from ..perfusion.use import names
@@ -25,7 +29,7 @@ class ConceptsSave(io.ComfyNode):
             category="concepts/io",
             description=(
                 "Saves a learned word to models/embeddings, where every ComfyUI can use it as embedding:name, with or "
-                "without this pack, and a Perfusion concept to models/concepts, for Load Concept. Cover picture, "
+                "without this pack, and any other concept to models/concepts, for Load Concept. Cover picture, "
                 "trigger word and training settings travel in the file."
             ),
             search_aliases=["save embedding", "save textual inversion", "export embedding"],
@@ -57,10 +61,11 @@ class ConceptsSave(io.ComfyNode):
                 layout: str = file.DEFAULT_LAYOUT) -> io.NodeOutput:
         if concept.edit is not None:
             if layout != file.DEFAULT_LAYOUT:
-                raise ValueError(f"The layout {layout!r} is for learned words, and {concept.words[0].placeholder} is a "
-                                 f"Perfusion concept; choose {file.DEFAULT_LAYOUT!r}.")
+                raise ValueError(f"The layout {layout!r} is for learned words, and {concept.words[0].placeholder} is "
+                                 f"more than a word; choose {file.DEFAULT_LAYOUT!r}.")
             folder = concepts_folder()
-            path = edit_file.save(concept, folder, name, overwrite)
+            writer = difference_file if isinstance(concept.edit, Difference) else edit_file
+            path = writer.save(concept, folder, name, overwrite)
             text, shown = concept.words[0].placeholder, _listed(path.relative_to(folder).as_posix(), _words())
             return io.NodeOutput(text, ui=ui.PreviewText(
                 f"Saved: choose {shown} in Load Concept, connect Apply Concept and write {text} in the prompt."
@@ -81,8 +86,8 @@ class ConceptsLoad(io.ComfyNode):
             display_name="Load Concept",
             category="concepts/io",
             description=(
-                "Loads a learned word from models/embeddings or a Perfusion concept from models/concepts, for Apply "
-                "Concept."
+                "Loads a learned word from models/embeddings, or a Perfusion concept or tuned model from "
+                "models/concepts, for Apply Concept."
             ),
             search_aliases=["load embedding", "load textual inversion", "load perfusion"],
             inputs=[
@@ -107,8 +112,7 @@ class ConceptsLoad(io.ComfyNode):
 
     @classmethod
     def execute(cls, name: str, placeholder: str) -> io.NodeOutput:
-        reader = edit_file if _is_edit(name) else file
-        return _loaded(reader.load(_path(name), placeholder.strip()))
+        return _loaded(_reader(name).load(_path(name), placeholder.strip()))
 
 
 class ConceptsLoadLoraWords(io.ComfyNode):
@@ -202,6 +206,17 @@ def _listed(name: str, words: list[str]) -> str:
 
 def _is_edit(name: str) -> bool:
     return name.startswith(EDITS) and name not in _words()
+
+
+def _reader(name: str) -> ModuleType:
+    """What reads a file of the list; one that cannot be opened is left to the reader of its folder, which says why."""
+    if not _is_edit(name):
+        return file
+    try:
+        with safe_open(_path(name), "pt") as opened:
+            return difference_file if difference_file.is_difference(opened.metadata() or {}) else edit_file
+    except (OSError, SafetensorError):
+        return edit_file
 
 
 def _path(name: str) -> Path:

@@ -10,6 +10,7 @@ from ..perfusion.lora import to_bytes, to_lora
 from ..textual_inversion.concept import Concept as ConceptValue
 from ..textual_inversion.file import checked_name, free_path
 from ..training.disk import write_whole
+from .applying import require_no_difference
 from .sockets import Concept, require_clip
 
 
@@ -47,6 +48,7 @@ class ConceptsExportLora(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, concept: ConceptValue, name: str, strength: float, overwrite: bool) -> io.NodeOutput:
         require_clip(clip)
+        require_no_difference(concept, "this node does not write as a LoRA")
         if concept.edit is None:
             raise ValueError("This concept is only a word, which no LoRA can hold alone; save it with Save Concept.")
         name = checked_name(name)

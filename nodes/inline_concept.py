@@ -3,6 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..perfusion.inline import describe, from_text, to_text
+from .applying import require_no_difference
 from .sockets import Concept
 
 
@@ -38,6 +39,8 @@ class ConceptsInline(io.ComfyNode):
     def execute(cls, text: str, concept=None) -> io.NodeOutput:
         if concept is None and not text.strip():
             raise ValueError("There is no concept: paste one as text, or connect one.")
+        if concept is not None:
+            require_no_difference(concept, "is too large for a workflow")
         concept, text = (from_text(text), text) if concept is None else (concept, to_text(concept))
         said = f"{concept.words[0].placeholder}: {describe(text.strip())}"
         return io.NodeOutput(concept, text, ui=ui.PreviewText(said))

@@ -3,6 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..perfusion.apply import BIAS
+from ..perfusion.concept import Edit
 from ..perfusion.covariance import precision
 from ..perfusion.inspection import gate_bars, gates
 from ..textual_inversion.concept import Concept as ConceptValue
@@ -41,7 +42,7 @@ class ConceptsInspect(io.ComfyNode):
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="What the node shows, as text."),
                 io.Image.Output("gates", display_name="gates", tooltip=(
-                    "Which words of the prompt a Perfusion concept touches; empty for a plain word."
+                    "Which words of the prompt a Perfusion concept touches; empty for any other."
                 )),
             ],
         )
@@ -50,7 +51,7 @@ class ConceptsInspect(io.ComfyNode):
     def execute(cls, concept: ConceptValue, clip, prompt: str = "{}", bias: float = BIAS) -> io.NodeOutput:
         require_clip(clip)
         page = report(clip, concept)
-        if concept.edit is None:
+        if not isinstance(concept.edit, Edit):
             return io.NodeOutput(page, None, ui=ui.PreviewText(page))
         text = prompt.replace("{}", concept.words[0].placeholder)
         picture = to_tensor(gate_bars(gates(clip, concept, precision(clip), text, bias), f"gates at bias {bias:g}"))

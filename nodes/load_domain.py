@@ -1,8 +1,10 @@
-"""Load E4T Domain."""
+"""Load E4T Domain, and its offsets on a model."""
 
 from comfy_api.latest import io
 
 from ..e4t import domain
+from ..e4t.domain import Domain as DomainValue
+from ..e4t.use import apply_offsets
 from ..host.folders import DOMAINS, file_names, file_path
 from .sockets import Domain
 
@@ -42,3 +44,32 @@ class ConceptsLoadDomain(io.ComfyNode):
     def execute(cls, name: str) -> io.NodeOutput:
         loaded = domain.load(file_path(DOMAINS, name))
         return io.NodeOutput(loaded, loaded.word)
+
+
+class ConceptsApplyDomain(io.ComfyNode):
+    """Gives a model the weight offsets of a domain."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptsApplyDomain",
+            display_name="Apply E4T Domain",
+            category="concepts/apply",
+            description=(
+                "Turns a model towards the things of a domain, with the weight offsets that pretraining learned beside "
+                "the encoder. Optional: a concept of Tune E4T needs them no more. LoRAs before or behind work as ever."
+            ),
+            search_aliases=["e4t", "weight offsets", "apply domain"],
+            inputs=[
+                io.Model.Input("model", tooltip="The checkpoint. It stays as it is."),
+                Domain.Input("domain", tooltip="What was pretrained, from Load E4T Domain."),
+                io.Float.Input("strength", default=1.0, min=-2.0, max=3.0, step=0.05, tooltip=(
+                    "1 is the offsets as learned, 0 does nothing."
+                )),
+            ],
+            outputs=[io.Model.Output("model", display_name="model", tooltip="The checkpoint with the offsets.")],
+        )
+
+    @classmethod
+    def execute(cls, model, domain: DomainValue, strength: float) -> io.NodeOutput:
+        return io.NodeOutput(apply_offsets(model, domain, strength))

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..e4t.domain import Domain as DomainValue
 from ..e4t.tune import TunedEdit, tuning_recipe
+from ..e4t.tune_whole import TunedWhole, whole_recipe
 from ..host.bases import base_name
 from ..host.text import fingerprint_of
 from ..perfusion.covariance import encoder_fingerprint, precision
@@ -14,6 +15,7 @@ from ..textual_inversion.train import learn_word
 from .sockets import Domain
 from .training_inputs import chosen_seed, how_to_run, outputs, run, stops, what_to_learn
 
+CONCEPT, TUNED = "concept", "tuned model"
 log = logging.getLogger("concepts")
 
 
@@ -42,6 +44,10 @@ class ConceptsTuneE4T(io.ComfyNode):
                 )),
                 chosen_seed(),
                 *how_to_run(),
+                io.Combo.Input("result", options=[CONCEPT, TUNED], default=CONCEPT, optional=True, tooltip=(
+                    "A Perfusion concept, a small file with a bias that composes with others; or the tuned model of "
+                    "the paper, kept as a difference of a few MB, which also changes prompts without the word."
+                )),
             ],
             outputs=outputs(),
         )
@@ -55,8 +61,10 @@ class ConceptsTuneE4T(io.ComfyNode):
     def execute(cls, **inputs) -> io.NodeOutput:
         def learn(one, photos, *how):
             domain = checked(one["domain"], one["model"], one["clip"])
-            recipe = tuning_recipe(domain, one["placeholder"].strip(), one["steps"], one["seed"])
-            method = partial(TunedEdit, domain, photos, precision(one["clip"]), encoder_fingerprint(one["clip"]))
+            recipe_of, method = (whole_recipe, partial(TunedWhole, domain, photos)) if one.get("result") == TUNED else (
+                tuning_recipe,
+                partial(TunedEdit, domain, photos, precision(one["clip"]), encoder_fingerprint(one["clip"])))
+            recipe = recipe_of(domain, one["placeholder"].strip(), one["steps"], one["seed"])
             return recipe, learn_word(one["model"], one["clip"], one["vae"], photos, recipe, *how, method)
 
         return run(inputs, learn)

@@ -11,10 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 from concepts_pack.e4t.domain import load, save
-from concepts_pack.e4t.encoder import Encoder
+from concepts_pack.e4t.encoder import Encoder, Shape
 from concepts_pack.e4t.method import PLACEHOLDER, SENTENCES, Predictor, Together
 from concepts_pack.e4t.pretrain import Keeping, is_edited, pretrain, shape_of
-from concepts_pack.e4t.samples import draw_pair, later, read_samples
+from concepts_pack.e4t.recognition import recognise
+from concepts_pack.e4t.samples import Samples, draw_pair, later, read_samples
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.cross_attention import cross_attentions
 from concepts_pack.perfusion.apply import Applied, Call
@@ -261,3 +262,45 @@ def test_other_tokens_that_hold_the_word_cost(predictor):
     assert predictor._strayed(context, [sentence]) == 0
     context[0, place + 1, 0] = 1.6  # 0.8 of it
     torch.testing.assert_close(predictor._strayed(context, [sentence]), torch.tensor([0.25]))
+
+
+def subjects_of_their_own_colour(count=12):
+    """Each subject is a patch of one colour, at another place of a noisy picture in each view."""
+    generator = torch.Generator().manual_seed(3)
+    pictures = torch.randint(256, (count, 3, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    colours = torch.randint(256, (count, 3), generator=generator, dtype=torch.uint8)
+    for subject, colour in enumerate(colours):
+        for view in range(3):
+            top, left = torch.randint(16, (2,), generator=generator).tolist()
+            pictures[subject, view, top:top + 16, left:left + 16] = colour
+    return pictures
+
+
+@torch.no_grad()
+def recognised(encoder, pictures):
+    """The share of subjects whose third view is nearest to their own second one."""
+    one, two = (torch.nn.functional.normalize(said - said.mean(0), dim=1) for said in (
+        encoder.image_part(pictures[:, view].float() / 255) for view in (1, 2)))
+    return ((one @ two.T).argmax(1) == torch.arange(len(pictures))).float().mean()
+
+
+def test_a_new_stem_learns_to_tell_subjects_apart():
+    torch.manual_seed(0)
+    encoder = Encoder(Shape((8, 16), 4, {"clip_l": 4}, {"layer": 4}, side=32))
+    pictures = subjects_of_their_own_colour()
+    samples = Samples(pictures, torch.zeros(12, 3, 4, 8, 8), torch.ones(12, 3, 1, 8, 8))
+    others = [p.clone() for name, p in encoder.named_parameters() if not name.startswith(("stem", "levels"))]
+    before = recognised(encoder, pictures)
+    recognise(encoder, samples, 60, 0)
+    assert recognised(encoder, pictures) >= 0.8 > before
+    left = (p for name, p in encoder.named_parameters() if not name.startswith(("stem", "levels")))
+    assert all(torch.equal(one, two) for one, two in zip(others, left, strict=True))
+
+
+@pytest.mark.parametrize("part", [slice(0, 1), slice(0, 4)])
+def test_single_subjects_and_single_views_teach_a_stem_nothing(part):
+    pictures = SAMPLES.pictures[part] if part.stop == 1 else SAMPLES.pictures[part, :1]
+    encoder = Encoder(Shape((8, 16), 4, {"clip_l": 4}, {"layer": 4}, side=32))
+    before = encoder.levels[0].weight.clone()
+    recognise(encoder, Samples(pictures, SAMPLES.latents, SAMPLES.weights), 3, 0)
+    assert torch.equal(encoder.levels[0].weight, before)
