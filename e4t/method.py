@@ -47,7 +47,7 @@ class Together(Call):
 class Predictor:
     """Encoder and offsets on private copies of a model and its CLIP.
 
-    Words start from the rows of `word`, the values of each layer from what the layer makes of its encoding.
+    Words start from the rows of `word`, the values of each layer from what the layer makes of the word.
     """
 
     def __init__(self, unet: ModelPatcher, clip: CLIP, word: str, encoder: Encoder, offsets: Mapping[str, Offset],
@@ -79,16 +79,16 @@ class Predictor:
         return {name: self.rows[name] + self.scale * self.sizes[name] * offset.float()[:, None]
                 for name, offset in predicted.words.items()}
 
-    def values(self, predicted: Predicted) -> dict[str, Tensor]:
-        """o*_V (b d_l) by layer: the super-category's, and offsets in root mean squares of its numbers."""
-        return {name: base + base.square().mean().sqrt() * predicted.values[name].float()
-                for name, base in self.super_values().items()}
+    def added(self, predicted: Predicted) -> dict[str, Tensor]:
+        """o*_V - W_V i* (b d_l) by layer; predictions are in root mean squares of the super-category's values."""
+        return {name: value.square().mean().sqrt() * predicted.values[name].float()
+                for name, value in self.through(self.super_input[None]).items()}
 
     @torch.no_grad()
-    def super_values(self) -> dict[str, Tensor]:
-        """W_V·super_input (d_l) of the model as it is, by layer."""
-        encoding = self.super_input[None].to(self.model.get_dtype_inference())
-        return {name: attention.to_v(encoding)[0].float() for name, attention in self.attentions.items()}
+    def through(self, encodings: Tensor) -> dict[str, Tensor]:
+        """W_V e (b d_l) of the model as it is, by layer, for encodings (b d)."""
+        given = encodings.to(self.model.get_dtype_inference())
+        return {name: attention.to_v(given).float() for name, attention in self.attentions.items()}
 
     def loss(self, pair: Pair, edited: bool, regulariser: float, selectivity: float = 0.0) -> Tensor:
         """The model's error (b) under sentences with the predicted words, and how far these are from the class word.
@@ -102,10 +102,10 @@ class Predictor:
         said = torch.cat(list(predicted.words.values()), 1).float()
         size = (self.scale * said).square().mean(1)
         if edited:
-            values = self.values(predicted)
+            added = self.added(predicted)
             size = size + torch.cat([v.float() for v in predicted.values.values()], 1).square().mean(1)
             with torch.autocast(self.device.type, enabled=False):
-                self.call = self._together(context.float(), sentences, values)
+                self.call = self._together(context.float(), sentences, added)
                 apart = selectivity * self._strayed(context.float(), sentences)
         else:
             apart = 0.0
@@ -129,11 +129,12 @@ class Predictor:
             amounts.append(strayed(similarity(context[row], target, target @ self.precision)[:, 0], place))
         return torch.stack(amounts)
 
-    def _together(self, context: Tensor, sentences: list[str], values: dict[str, Tensor]) -> Together:
+    def _together(self, context: Tensor, sentences: list[str], added: dict[str, Tensor]) -> Together:
+        targets = context[range(len(context)), [self.places[sentence] for sentence in sentences]].detach()
+        own = self.through(targets)
         edits = []
-        for row, sentence in enumerate(sentences):
-            target = context[row, self.places[sentence]].detach()
-            edit = Edit(target, self.super_input, {name: value[row] for name, value in values.items()})
+        for row, target in enumerate(targets):
+            edit = Edit(target, self.super_input, {name: own[name][row] + added[name][row] for name in added})
             edits.append(Applied(edit, target @ self.precision, PLACEHOLDER, TRAINING_BIAS, TRAINING_TEMPERATURE))
         return Together(list(self.attentions), edits, context)
 

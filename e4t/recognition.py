@@ -18,9 +18,9 @@ SUBJECTS, RATE, TEMPERATURE = 64, 1e-3, 0.1
 def recognise(encoder: Encoder, samples: Samples, steps: int, seed: int) -> None:
     """Teaches the stem that two views show one subject, and those of others another (InfoNCE; SimCLR, section 2.1)."""
     subjects, views = samples.pictures.shape[:2]
-    if encoder.stem is None or subjects < 2 or views < 2 or not steps:
+    heard = encoder.heard_parameters()
+    if not heard or subjects < 2 or views < 2 or not steps:
         return
-    heard = list(encoder.heard_parameters())
     device = heard[0].device
     optimiser = torch.optim.AdamW(heard, lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps)

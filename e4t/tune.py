@@ -26,14 +26,15 @@ LEVELS = 16  # noise levels that a prediction is the mean of
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """What the encoder makes of pictures: the word's vectors (1 d) by text encoder and the values (d_l) by layer.
+    """What the encoder makes of pictures: the word's vectors (1 d) by text encoder and what a layer's
+    o*_V adds to W_V i* (d_l), by layer.
 
     `doubt` is how far predictions for one picture at different noise levels are apart, as a share of how far they are
     from the class word: near 0 for a picture of the domain.
     """
 
     words: dict[str, Tensor]
-    values: dict[str, Tensor]
+    added: dict[str, Tensor]
     doubt: float
 
 
@@ -58,7 +59,7 @@ def predict(predictor: Predictor, pictures: Tensor, latents: Tensor, seed: int) 
     apart = torch.stack([one.var(0, correction=0).mean() for one in words]).mean()
     away = torch.stack([one.mean(0).square().mean() for one in words]).mean()
     return Start({name: vectors[0] for name, vectors in predictor.words(whole).items()},
-                 {name: values[0] for name, values in predictor.values(whole).items()},
+                 {name: added[0] for name, added in predictor.added(whole).items()},
                  (apart / away.clamp(min=1e-12)).sqrt().item())
 
 
@@ -75,8 +76,8 @@ class TunedEdit(EditMethod):
             for name, vectors in self.start.words.items():
                 self.leaves[name].copy_(vectors)
                 self.norms[name] = vectors.norm(dim=1).mean()
-            for name, values in self.start.values.items():
-                self.outputs["values"][name].copy_(values)
+            for name, added in self.start.added.items():
+                self.added[name].copy_(added)
             texts = [fill(sentence, recipe.placeholder) for sentence in recipe.sentences]
             met = [encode(self.clip, text)[0][0, self._place(text)] for text in texts]
             self.target_input.copy_(torch.stack(met).float().mean(0))

@@ -23,8 +23,9 @@ class Applied:
     shares of the sampling.
 
     A token that holds nothing of the concept gives nothing of it (`gate_of_kin`), and what the gate withholds of a
-    concept stays its super-category (`withheld`), so that a high bias draws that instead of erasing it. `everywhere` is
-    equation 3 to the letter instead: neither of these, and also in prompts without the concept.
+    concept stays what it is or becomes the super-category (`withheld`), so that a high bias draws that instead of
+    erasing it. `everywhere` is equation 3 to the letter instead: neither of these, and also in prompts without the
+    concept.
     """
 
     edit: Edit
@@ -112,7 +113,10 @@ class Call:
             c = components(s, self.inputs, self.dual, present.expand_as(s))
             published, kin = gate(s, self.bias, self.temperature), gate_of_kin(s, self.bias, self.temperature)
             g = torch.where(self.everywhere, published, kin) * present
-            gates = torch.cat([g, withheld(c, g) * ~self.everywhere], -1)
+            opened = gate_of_kin(torch.ones_like(self.bias), self.bias, self.temperature)
+            untouched, given_back = withheld(c, g, opened)
+            c = c - untouched * ~self.everywhere
+            gates = torch.cat([g, given_back * ~self.everywhere], -1)
             keys = c * self.key_strength, gates * self.key_strength.repeat(2)
             self.known[id(encodings)] = encodings, (keys, (c, gates))
         return self.known[id(encodings)][1]

@@ -47,12 +47,17 @@ def strayed(s: Tensor, place: int) -> Tensor:
     return (torch.cat([s[:place], s[place + 1:]]) - KIN).clamp(min=0).square().sum()
 
 
-def withheld(components: Tensor, gates: Tensor) -> Tensor:
-    """(c - g)₊: what the gate does not let through of what the edit takes out, of the shape of both (… j).
+def withheld(components: Tensor, gates: Tensor, opened: Tensor) -> tuple[Tensor, Tensor]:
+    """(c - g)₊, what the gate does not let through of what the edit takes out: how much of it stays untouched, and how
+    much is given to the super-category; both of the shape of c and g (… j).
 
-    Equation 3 drops it, so that a high bias erases the thing. It stays the super-category where this is given to that.
+    Equation 3 drops it, which erases the thing at a high bias, and at any bias what the tokens behind the word have
+    read of it. Here a token on which the gate opens less than on the word itself (`opened`, of shape j) keeps that
+    share of it as the text encoder made it. On the word itself nothing is kept: its keys are locked at any bias.
     """
-    return (components - gates).clamp(min=0)
+    held = (components - gates).clamp(min=0)
+    untouched = (opened - gates).clamp(min=0) * held
+    return untouched, held - untouched
 
 
 def components(s: Tensor, target_inputs: Tensor, dual: Tensor, present: Tensor | None = None) -> Tensor:

@@ -53,7 +53,8 @@ class EditRecipe(Recipe):
 
 
 class EditMethod(WordMethod):
-    """The word and o*_V of every layer as leaves; keys locked to the super-category, i* a moving average."""
+    """The word and, for every layer, what o*_V adds to W_V i* as leaves; keys locked to the super-category, i* a moving
+    average."""
 
     architecture = "perfusion"
     recipe: EditRecipe
@@ -67,21 +68,22 @@ class EditMethod(WordMethod):
         self.attentions = cross_attentions(unet.model.diffusion_model)
         self.super_input = self._super_input(clip)
         self.target_input = self.super_input.clone()
-        self.outputs = {
-            kind: {name: self._through(getattr(attention, layer)).requires_grad_()
-                   for name, attention in self.attentions.items()}
-            for kind, layer in (("values", "to_v"), *((("keys", "to_k"),) if recipe.train_keys else ()))
-        }
+        self.call: Call | None = None
+        values = self._through("to_v", self.super_input)
+        self.sizes = {name: value.square().mean().sqrt().item() for name, value in values.items()}
+        self.added = {name: torch.zeros_like(value).requires_grad_() for name, value in values.items()}
+        keys = self._through("to_k", self.super_input) if recipe.train_keys else {}
+        self.keys = {name: key.requires_grad_() for name, key in keys.items()}
         if recipe.own_masks and self.weights is None:
             self.weights = self._own_masks(clip, lessons.latents)
-        self.call: Call | None = None
         self.met: list[Tensor] = []
         self._install()
 
     def parameters(self) -> list[dict[str, Any]]:
         """The word, the outputs, and i*, which no gradient moves but which a state must hold."""
-        outputs = [{"params": [leaf], "lr": self.recipe.value_rate * self._size(leaf)}
-                   for kind in self.outputs.values() for leaf in kind.values()]
+        outputs = [{"params": [leaf], "lr": self.recipe.value_rate * (
+            self.sizes[name] if self.recipe.relative_values else 1.0)}
+            for kind in (self.added, self.keys) for name, leaf in kind.items()]
         return [*super().parameters(), *outputs, {"params": [self.target_input], "lr": 0.0}]
 
     def loss(self, batch: Batch) -> Tensor:
@@ -124,17 +126,17 @@ class EditMethod(WordMethod):
 
     def learned_edit(self) -> Edit:
         """The edit so far, as values of its own."""
-        kinds = {kind: {name: leaf.detach().cpu().clone() for name, leaf in leaves.items()}
-                 for kind, leaves in self.outputs.items()}
         target = self.target_input.detach()
-        return Edit(target.cpu().clone(), self.super_input.cpu(), presence=self._presence(), encoder=self.encoder,
-                    dual=self._dual(target).cpu() if self.recipe.corpus else None, **kinds)
-
-    def _size(self, leaf: Tensor) -> float:
-        return leaf.detach().square().mean().sqrt().item() if self.recipe.relative_values else 1.0
+        edit = self._edit(target)
+        values, keys = ({name: value.detach().cpu().clone() for name, value in kind.items()}
+                        for kind in (edit.values, edit.keys))
+        return Edit(target.cpu().clone(), self.super_input.cpu(), values, keys, self._presence(), self.encoder,
+                    self._dual(target).cpu() if self.recipe.corpus else None)
 
     def _edit(self, target: Tensor) -> Edit:
-        return Edit(target, self.super_input, presence=float("-inf"), **self.outputs)
+        own = self._through("to_v", target.detach())
+        values = {name: own[name] + added for name, added in self.added.items()}
+        return Edit(target, self.super_input, values, self.keys, float("-inf"))
 
     def _dual(self, target: Tensor) -> Tensor:
         return target @ self.precision
@@ -157,8 +159,11 @@ class EditMethod(WordMethod):
         return self.places[text]
 
     @torch.no_grad()
-    def _through(self, layer: torch.nn.Module) -> Tensor:
-        return layer(self.super_input[None].to(self.model.get_dtype_inference()))[0].float()
+    def _through(self, part: str, encoding: Tensor) -> dict[str, Tensor]:
+        """W e (d_l) of the model as it is, by layer, for an encoding (d)."""
+        self.call = None
+        given = encoding[None].to(self.model.get_dtype_inference())
+        return {name: getattr(attention, part)(given)[0].float() for name, attention in self.attentions.items()}
 
     def _own_masks(self, clip: CLIP, latents: Tensor) -> Tensor:
         sentence = "a photo of a {}"

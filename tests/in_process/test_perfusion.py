@@ -67,7 +67,8 @@ def patched(model, edit, precision, **settings):
 def test_the_equation_of_the_paper(model, edit, precision, prompts, everywhere):
     """Against equation (3) written with W itself: h = W (e - s i*) + σ((s - β)/τ) o*.
 
-    Unless it acts everywhere, the gate starts from 0 at s = 0, and what it withholds stays the super-category.
+    Unless it acts everywhere, the gate starts from 0 at s = 0, and of what it withholds a token keeps the share that
+    the gate is less open to it than to the word, and gets the rest as super-category.
     """
     context = prompts[0]
     one = applied(edit, precision, "<mine>", bias=0.6, temperature=0.15, everywhere=everywhere)
@@ -75,17 +76,20 @@ def test_the_equation_of_the_paper(model, edit, precision, prompts, everywhere):
     layers, met = overrides(attentions, [one])
     inverse, i = precision.double(), edit.target_input.double()
     s = context.double() @ inverse @ i / (i @ inverse @ i)
-    gate, floor = (1 / (1 + torch.exp(-(x - 0.6) / 0.15)) for x in (s, torch.zeros_like(s)))
-    gate = gate if everywhere else torch.relu(gate - floor) / (1 - floor)
-    kept = torch.zeros_like(s) if everywhere else torch.relu(s - gate)
-    assert (kept > 0.01).any() != everywhere
+    gate, floor, word = (1 / (1 + torch.exp(-(x - 0.6) / 0.15)) for x in (s, torch.zeros(()), torch.ones(())))
+    own, given = torch.zeros_like(s), torch.zeros_like(s)
+    if not everywhere:
+        gate, word = torch.relu(gate - floor) / (1 - floor), (word - floor) / (1 - floor)
+        own = torch.relu(s - gate) * torch.relu(word - gate)
+        given = torch.relu(s - gate) - own
+        assert (own > 0.01).any() and (given > 0.01).any()
     with torch.inference_mode(False), torch.no_grad(), overridden(layers):
         for name, attention in attentions.items():
             for layer, output in ((attention.to_k, None), (attention.to_v, edit.values[name])):
                 weight = layer.weight.double()
-                own = weight @ edit.super_input.double()
-                expected = (context.double() - s[..., None] * i) @ weight.T + kept[..., None] * own
-                expected += gate[..., None] * (own if output is None else output.double())
+                category = weight @ edit.super_input.double()
+                expected = (context.double() - (s - own)[..., None] * i) @ weight.T + given[..., None] * category
+                expected += gate[..., None] * (category if output is None else output.double())
                 torch.testing.assert_close(layer(context).double(), expected, rtol=1e-4, atol=1e-4)
     assert met().tolist() == [True]
 
@@ -279,7 +283,8 @@ def test_areas(model, edit, precision, prompts):
 
 @pytest.mark.parametrize("weight", [0.8, 1.2, 1.5])
 def test_weights_of_words(model, clip, precision, weight):
-    """The key of `(<mine>:1.2)` has as much more of the super-category as the encoding has of the concept."""
+    """The key of `(<mine>:1.2)` has as much more of the super-category as the encoding has of the concept; below 1 a
+    little of the concept is left to the word."""
     from concepts_pack.host.key_text import conditioning_of
     from concepts_pack.textual_inversion.apply import apply_words
 
@@ -295,7 +300,11 @@ def test_weights_of_words(model, clip, precision, weight):
     to_k = next(iter(cross_attentions(model.model.diffusion_model).values())).to_k
     with torch.inference_mode(), overridden(layers):
         key = to_k(context)[0, 2].double()
-    moved = token + s * (edit.super_input.double() - i)
+    floor, *gates = (1 / (1 + torch.exp((0.75 - x) / 0.15)) for x in (torch.zeros(()).double(), s, torch.ones(())))
+    gate, full = ((g - floor) / (1 - floor) for g in gates)
+    own = torch.relu(s - gate) * torch.relu(full - gate)
+    assert (own == 0) == (weight > 1)
+    moved = token + (s - own) * (edit.super_input.double() - i)
     torch.testing.assert_close(key, to_k.weight.double() @ moved, rtol=1e-4, atol=1e-4)
     assert met().tolist() == [True]
 

@@ -82,7 +82,7 @@ def test_a_word_that_hardly_moved_is_met_by_its_own_prompts(method_of):
 def test_only_the_word_and_the_values_are_learned(method_of):
     make, latents = method_of
     method = make(own_masks=False)
-    values = {name: leaf.detach().clone() for name, leaf in method.outputs["values"].items()}
+    values = method.learned_edit().values
     word = method.word().vectors["clip_l"]
     train(method, latents, Plan(steps=2, batch_size=2, seed=0, levels=1000), lambda losses: None)
     edit = method.learned_edit()
@@ -99,8 +99,21 @@ def test_values_start_as_those_of_the_super_category(method_of, model, clip):
         expected = encode(clip, "a cat")[0][0, 2]
         torch.testing.assert_close(method.super_input, expected)
         for name, attention in cross_attentions(model.model.diffusion_model).items():
-            torch.testing.assert_close(method.outputs["values"][name].detach(), attention.to_v.weight @ expected,
+            torch.testing.assert_close(method.learned_edit().values[name], attention.to_v.weight @ expected,
                                        rtol=1e-4, atol=1e-5)
+
+
+def test_values_are_those_of_the_target_input_and_what_was_added(method_of, model):
+    make, _ = method_of
+    method = make(own_masks=False)
+    method.target_input.data += 1
+    method.added["input_blocks.1.1.transformer_blocks.0"].data += 2
+    edit = method.learned_edit()
+    for name, attention in cross_attentions(model.model.diffusion_model).items():
+        with torch.no_grad():
+            own = attention.to_v.weight @ method.target_input
+        more = 2 if name == "input_blocks.1.1.transformer_blocks.0" else 0
+        torch.testing.assert_close(edit.values[name], own + more, rtol=1e-4, atol=1e-4)
 
 
 def test_a_super_category_of_several_tokens_is_read_at_its_last(method_of, clip):
