@@ -17,7 +17,7 @@ from ..host.unet_features import unet_features
 from ..host.weight_offsets import attention_matrices, offset_layers
 from ..perfusion.apply import Applied, Call
 from ..perfusion.concept import Edit
-from ..perfusion.edit import TRAINING_BIAS, TRAINING_TEMPERATURE, similarity, strayed
+from ..perfusion.edit import TRAINING_BIAS, TRAINING_TEMPERATURE
 from ..textual_inversion.concept import Word
 from ..textual_inversion.templates import OBJECT, PLACES, fill
 from ..textual_inversion.word import row_size, spread
@@ -90,11 +90,10 @@ class Predictor:
         given = encodings.to(self.model.get_dtype_inference())
         return {name: attention.to_v(given).float() for name, attention in self.attentions.items()}
 
-    def loss(self, pair: Pair, edited: bool, regulariser: float, selectivity: float = 0.0) -> Tensor:
+    def loss(self, pair: Pair, edited: bool, regulariser: float) -> Tensor:
         """The model's error (b) under sentences with the predicted words, and how far these are from the class word.
 
-        With `edited` the predicted values act through Perfusion's gated edit of the plain model, and `selectivity` is
-        the weight of how much of the word other tokens hold; else the offsets act.
+        With `edited` the predicted values act through Perfusion's gated edit of the plain model, else the offsets act.
         """
         predicted = self.predict(pair.pictures, pair.latents, pair.noise, pair.timesteps)
         sentences = [SENTENCES[lot % len(SENTENCES)] for lot in pair.lots]
@@ -106,9 +105,7 @@ class Predictor:
             size = size + torch.cat([v.float() for v in predicted.values.values()], 1).square().mean(1)
             with torch.autocast(self.device.type, enabled=False):
                 self.call = self._together(context.float(), sentences, added)
-                apart = selectivity * self._strayed(context.float(), sentences)
         else:
-            apart = 0.0
             self.changed = {name: offset_weight(layer.weight, self.offsets[name])
                             for name, layer in self.matrices.items() if name in self.offsets}
             size = size + penalty(self.offsets) if self.offsets else size
@@ -118,16 +115,7 @@ class Predictor:
                                         pooled)
         finally:
             self.call, self.changed = None, {}
-        return weighted_mean(error.float(), pair.weights) + regulariser * size + apart
-
-    def _strayed(self, context: Tensor, sentences: list[str]) -> Tensor:
-        """How far other tokens of each sentence are nearer to its word than they may be (b), as in training an edit."""
-        amounts = []
-        for row, sentence in enumerate(sentences):
-            place = self.places[sentence]
-            target = context[row, place].detach()[None]
-            amounts.append(strayed(similarity(context[row], target, target @ self.precision)[:, 0], place))
-        return torch.stack(amounts)
+        return weighted_mean(error.float(), pair.weights) + regulariser * size
 
     def _together(self, context: Tensor, sentences: list[str], added: dict[str, Tensor]) -> Together:
         targets = context[range(len(context)), [self.places[sentence] for sentence in sentences]].detach()

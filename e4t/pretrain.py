@@ -43,7 +43,7 @@ from .samples import Samples, draw_pair, read_samples
 from .workers import Workers
 
 NUMBERS = {"steps": int, "minutes": float, "batch_size": int, "rate": float, "offset_rate": float, "warmup": int,
-           "regulariser": float, "selectivity": float, "edited": float, "times": float, "seed": int, "side": int,
+           "regulariser": float, "edited": float, "times": float, "seed": int, "side": int,
            "recognition": int, "stem": float}
 log = logging.getLogger("concepts")
 
@@ -54,10 +54,9 @@ class Recipe:
 
     It ends after `steps` steps or `minutes` minutes, whichever comes first (0: no such end). Rates fall to nothing
     along a half cosine. `edited` is the share of steps that learn the word with its predicted values, `regulariser` the
-    weight λ of how far predictions are from the class word, `selectivity` that of how much of the word other tokens of
-    a sentence hold, `times` as in `draw_pair`, `average` the most that the moving average of the parameters keeps of
-    itself. A stem of its own first learns to tell subjects apart for `recognition` steps, but no more than `steps`,
-    and from then on at the share `stem` of `rate`.
+    weight λ of how far predictions are from the class word, `times` as in `draw_pair`, `average` the most that the
+    moving average of the parameters keeps of itself. A stem of its own first learns to tell subjects apart for
+    `recognition` steps, but no more than `steps`, and from then on at the share `stem` of `rate`.
     """
 
     word: str
@@ -70,7 +69,6 @@ class Recipe:
     warmup: int = 200
     weight_decay: float = 0.01
     regulariser: float = 1e-3
-    selectivity: float = 0.1
     scale: float = 1.0
     edited: float = 0.5
     offsets: bool = True
@@ -140,8 +138,8 @@ class Learner:
             group["lr"] = peak * factor
         self.optimiser.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            loss = self.predictor.loss(pair, is_edited(number, self.recipe.edited), self.recipe.regulariser,
-                                       self.recipe.selectivity).mean()
+            loss = self.predictor.loss(pair, is_edited(number, self.recipe.edited),
+                                       self.recipe.regulariser).mean()
         loss.backward()
         value = loss.detach()
         workers.average([value, *(p.grad for p in self.trained if p.grad is not None)])

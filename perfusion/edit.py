@@ -10,7 +10,6 @@ from torch import Tensor
 
 RIDGE = 1e-6  # of the Gram matrix, whose diagonal is 1: keeps it solvable when two concepts are one
 TRAINING_BIAS, TRAINING_TEMPERATURE = 0.75, 0.1
-KIN = 0.3  # similarity that tokens beside the word may have: those right behind it have read it
 
 
 def dual_of(target_inputs: Tensor, precision: Tensor) -> Tensor:
@@ -37,14 +36,6 @@ def gate_of_kin(s: Tensor, bias: Tensor | float, temperature: Tensor | float) ->
     """
     floor = gate(torch.zeros_like(s), bias, temperature)
     return ((gate(s, bias, temperature) - floor) / (1 - floor)).clamp(min=0)
-
-
-def strayed(s: Tensor, place: int) -> Tensor:
-    """Σ (s_m - KIN)₊² over all tokens m (n) but the word's at `place`: how much of the concept the others hold.
-
-    A word that has moved off its class word is read by all tokens behind it.
-    """
-    return (torch.cat([s[:place], s[place + 1:]]) - KIN).clamp(min=0).square().sum()
 
 
 def withheld(components: Tensor, gates: Tensor, opened: Tensor) -> tuple[Tensor, Tensor]:

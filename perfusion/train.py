@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..training.dataset import Lessons
 from ..training.draws import Batch
 from .apply import Applied, Call, applied, overrides
 from .concept import Edit
-from .edit import TRAINING_BIAS, TRAINING_TEMPERATURE, similarity, strayed
+from .edit import TRAINING_TEMPERATURE, similarity
 from .file import save
 from .masks import zero_shot
 
@@ -34,8 +35,8 @@ class EditRecipe(Recipe):
 
     `value_rate` is the learning rate of o*_V, in root mean squares of where each layer's o*_V starts when
     `relative_values`; `learning_rate` is that of the word, `momentum` what i* keeps of itself at each step (section
-    4.4). `selectivity` is the weight of a second loss that keeps the word near i* wherever it stands in a prompt, and
-    other tokens away from it. `own_masks` takes masks from the model's own attention to the super-category where none
+    4.4). `constancy` is the weight of a second loss that keeps the word near i* wherever it stands in a prompt. Each
+    step draws its bias from `bias` ± `slide`, so that the concept is learned for the whole slider. `own_masks` takes masks from the model's own attention to the super-category where none
     are given. `corpus` names the captions of the user's own that the encoder was measured on. The last two are
     ablations: keys that are learned instead of locked, and a gradient through i*.
     """
@@ -43,8 +44,9 @@ class EditRecipe(Recipe):
     value_rate: float = 0.03
     relative_values: bool = False
     momentum: float = 0.99
-    selectivity: float = 0.3
-    bias: float = TRAINING_BIAS
+    constancy: float = 0.3
+    bias: float = 0.65
+    slide: float = 0.25
     temperature: float = TRAINING_TEMPERATURE
     own_masks: bool = True
     corpus: str = ""
@@ -94,19 +96,18 @@ class EditMethod(WordMethod):
         target = self.target_input.data
         if self.recipe.through_target:
             target = target + met - met.detach()
-        training = Applied(self._edit(target), self._dual(target), self.recipe.placeholder, self.recipe.bias,
+        bias = self.recipe.bias + self.recipe.slide * (2 * Random(batch.lot).random() - 1)
+        training = Applied(self._edit(target), self._dual(target), self.recipe.placeholder, bias,
                            self.recipe.temperature)
         self.call = Call(list(self.attentions), [training], context.to(self.device))
         error = self.error_under(batch, context, pooled)
-        return error + self.recipe.selectivity * self._strayed(batch.lot, target.detach())
+        return error + self.recipe.constancy * self._away(batch.lot, target.detach())
 
-    def _strayed(self, lot: int, target: Tensor) -> Tensor:
-        """How far the word, in a sentence that no photo shows, is from i*, and how much of it other tokens hold."""
+    def _away(self, lot: int, target: Tensor) -> Tensor:
+        """How far the word is from i* in a sentence that no photo shows."""
         text = fill(AMONG_OTHERS[lot % len(AMONG_OTHERS)], self.recipe.placeholder)
-        encodings = encode(self.clip, text)[0][0].float().to(self.device)
-        s = similarity(encodings, target[None], self._dual(target)[None])[:, 0]
-        place = self._place(text)
-        return (1 - s[place]).square() + strayed(s, place)
+        word = encode(self.clip, text)[0][0, self._place(text)].float().to(self.device)
+        return (1 - similarity(word, target[None], self._dual(target)[None])[0]).square()
 
     def after_step(self) -> None:
         super().after_step()

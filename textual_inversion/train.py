@@ -260,13 +260,14 @@ def record(recipe: Recipe, photos: int, side: int, steps_done: int) -> str:
     """How a concept was learned, as short JSON: the recipe, with the sentences by the name of their kind.
 
     What is 0 or off is left out, as are a single vector, no accumulation, and placeholder and init text, which files
-    name themselves.
+    name themselves. Rates have six digits.
     """
     kinds = {sentences: kind for kind, sentences in BY_KIND.items()}
     settings = asdict(recipe) | {"sentences": kinds.get(tuple(recipe.sentences), recipe.sentences)}
     for name in ("placeholder", "init_text", *(name for name in ("vectors", "accumulation") if settings[name] == 1)):
         del settings[name]
-    said = {name: value for name, value in settings.items() if value or name == "seed"}
+    said = {name: float(f"{value:.6g}") if isinstance(value, float) else value
+            for name, value in settings.items() if value or name == "seed"}
     return json.dumps(said | {"photos": photos, "side": side, "steps_done": steps_done}, sort_keys=True,
                       separators=(",", ":"))
 

@@ -173,7 +173,7 @@ def test_the_record_names_the_kind_of_sentences():
     assert read == {
         "sentences": ["my {}"], "steps": 4, "learning_rate": 0.1, "batch_size": 2, "seed": 0, "mirror": True,
         "vectors": 2, "optimiser": "AdamW", "schedule": "cosine", "mask_floor": 0.1, "value_rate": 0.03,
-        "momentum": 0.99, "selectivity": 0.3, "bias": recipe.bias, "temperature": recipe.temperature,
+        "momentum": 0.99, "constancy": 0.3, "bias": recipe.bias, "slide": 0.25, "temperature": recipe.temperature,
         "own_masks": True,
         "photos": 3, "side": 64, "steps_done": 2,
     }
@@ -433,7 +433,7 @@ def test_nodes_save_and_load_both_kinds(models):
     assert ConceptsLoad.execute(name="concepts/mine.safetensors", placeholder=" <x> ").result[1] == "<x>"
     with pytest.raises(ValueError, match="no 'gone.safetensors' in models/concepts"):
         ConceptsLoad.execute(name="concepts/gone.safetensors", placeholder="")
-    with pytest.raises(ValueError, match="layout 'diffusers' is for learned words, and <mine> is a Perfusion concept"):
+    with pytest.raises(ValueError, match="layout 'diffusers' is for learned words, and <mine> is more than a word"):
         ConceptsSave.execute(concept=concept(), name="mine", overwrite=False, layout="diffusers")
 
 

@@ -253,16 +253,6 @@ def test_it_goes_on_from_another_domain(model, clip, tmp_path):
         pretrain(model, clip, SAMPLES, replace(RECIPE, levels=(8, 24)), Keeping(tmp_path), METRIC, start=first)
 
 
-def test_other_tokens_that_hold_the_word_cost(predictor):
-    sentence = SENTENCES[3]
-    place = predictor.places[sentence]
-    context = torch.zeros(1, 6, WIDTH)
-    context[0, place, 0] = 2.0
-    assert predictor._strayed(context, [sentence]) == 0
-    context[0, place + 1, 0] = 1.6  # 0.8 of it
-    torch.testing.assert_close(predictor._strayed(context, [sentence]), torch.tensor([0.25]))
-
-
 def subjects_of_their_own_colour(count=12):
     """Each subject is a patch of one colour, at another place of a noisy picture in each view."""
     generator = torch.Generator().manual_seed(3)
