@@ -20,22 +20,18 @@ from .domain import Domain
 from .encoder import Predicted
 from .method import SENTENCES, Predictor
 from .samples import to_shown
+from .strangers import tell_strangers
 
 LEVELS = 16  # noise levels that a prediction is the mean of
 
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """What the encoder makes of pictures: the word's vectors (1 d) by text encoder and what a layer's
-    o*_V adds to W_V i* (d_l), by layer.
-
-    `doubt` is how far predictions for one picture at different noise levels are apart, as a share of how far they are
-    from the class word: near 0 for a picture of the domain.
-    """
+    """What the encoder makes of pictures: the word's vectors (1 d) by text encoder, and what a layer's o*_V adds to
+    W_V i* (d_l), by layer."""
 
     words: dict[str, Tensor]
     added: dict[str, Tensor]
-    doubt: float
 
 
 @torch.no_grad()
@@ -55,12 +51,8 @@ def predict(predictor: Predictor, pictures: Tensor, latents: Tensor, seed: int) 
         return torch.cat([getattr(each, kind)[name] for each in said]).float().mean(0, keepdim=True)
 
     whole = Predicted(*({name: mean(name, kind) for name in getattr(said[0], kind)} for kind in ("words", "values")))
-    words = [torch.cat(list(each.words.values()), 1).float() for each in said]
-    apart = torch.stack([one.var(0, correction=0).mean() for one in words]).mean()
-    away = torch.stack([one.mean(0).square().mean() for one in words]).mean()
     return Start({name: vectors[0] for name, vectors in predictor.words(whole).items()},
-                 {name: added[0] for name, added in predictor.added(whole).items()},
-                 (apart / away.clamp(min=1e-12)).sqrt().item())
+                 {name: added[0] for name, added in predictor.added(whole).items()})
 
 
 class TunedEdit(EditMethod):
@@ -87,6 +79,7 @@ class TunedEdit(EditMethod):
         predictor = Predictor(self.unet, clip, domain.word, domain.encoder.to(self.device), {}, domain.scale,
                               self.precision)
         try:
+            tell_strangers(predictor, lessons.latents[:, 0], self.recipe.seed)
             return predict(predictor, torch.stack([photo.picture for photo in shown]), lessons.latents[:, 0],
                            self.recipe.seed)
         finally:

@@ -29,6 +29,7 @@ from .domain import Domain
 from .method import SENTENCES, Predictor
 from .offsets import Offset
 from .samples import to_shown
+from .strangers import tell_strangers
 from .tune import predict
 from .use import with_difference
 
@@ -50,6 +51,7 @@ class TunedWhole(WordMethod):
         self.pictures = torch.stack([photo.picture for photo in shown]).to(self.device)
         self.predictor = Predictor(unet, clip, domain.word, self.encoder, {}, domain.scale, torch.zeros(0, 0))
         self.predictor.installed.close()
+        tell_strangers(self.predictor, self.latents, recipe.seed)
         self.offsets = {layer: Offset(*(f.detach().clone().to(self.device).requires_grad_()
                                         for f in (offset.left, offset.right)))
                         for layer, offset in domain.offsets.items()}
