@@ -52,7 +52,7 @@ def learners(base, kind: str, file: Path, seed: int) -> dict[str, Callable]:
 
     def tuned(steps: int, given) -> Concept:
         still = {"learning_rate": 0.0, "value_rate": 0.0} if not steps else {}
-        recipe = tuning_recipe(known, "<mine>", max(steps, 1), seed, **still)
+        recipe = tuning_recipe(known, base[1], "<mine>", max(steps, 1), seed, **still)
         method = partial(TunedEdit, known, given, metric, encoder)
         return learn_word(*base, given, recipe, QUIET, method_of=method).concept
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..host.objective import timestep_count
 from ..host.sockets import CLIP, ModelPatcher
-from ..host.text import encode
+from ..host.text import encode, ready, rows
 from ..perfusion.train import EditMethod, EditRecipe
 from ..textual_inversion.templates import fill
+from ..textual_inversion.word import row_size
 from ..training.dataset import Lessons, Photo, squares
 from .domain import Domain
 from .encoder import Predicted
@@ -23,6 +24,7 @@ from .samples import to_shown
 from .strangers import tell_strangers
 
 LEVELS = 16  # noise levels that a prediction is the mean of
+WORD_RATE, VALUE_RATE = 0.1, 0.05  # of the class word's numbers and its values in each layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +88,10 @@ class TunedEdit(EditMethod):
             predictor.installed.close()
 
 
-def tuning_recipe(domain: Domain, placeholder: str, steps: int, seed: int, **changes) -> EditRecipe:
+def tuning_recipe(domain: Domain, clip: CLIP, placeholder: str, steps: int, seed: int, **changes) -> EditRecipe:
     """Few steps from a good start: the sentences of pretraining, rates in shares of what they move."""
-    settings = {"batch_size": 8, "learning_rate": 0.002, "value_rate": 0.1, "relative_values": True, "momentum": 0.8,
-                "mask_floor": 0.02, "schedule": "constant", "sentences": SENTENCES}
+    size = max(row_size(found) for found in rows(ready(clip), domain.word).values())
+    settings = {"batch_size": 8, "learning_rate": WORD_RATE * size, "value_rate": VALUE_RATE, "relative_values": True,
+                "momentum": 0.8, "mask_floor": 0.02, "schedule": "constant", "sentences": SENTENCES}
     return EditRecipe(**{"placeholder": placeholder, "init_text": domain.word, "steps": steps, "seed": seed, **settings,
                          **changes})

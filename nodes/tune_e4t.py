@@ -61,10 +61,12 @@ class ConceptsTuneE4T(io.ComfyNode):
     def execute(cls, **inputs) -> io.NodeOutput:
         def learn(one, photos, *how):
             domain = checked(one["domain"], one["model"], one["clip"])
-            recipe_of, method = (whole_recipe, partial(TunedWhole, domain, photos)) if one.get("result") == TUNED else (
-                tuning_recipe,
-                partial(TunedEdit, domain, photos, precision(one["clip"]), encoder_fingerprint(one["clip"])))
-            recipe = recipe_of(domain, one["placeholder"].strip(), one["steps"], one["seed"])
+            word, steps, seed = one["placeholder"].strip(), one["steps"], one["seed"]
+            if one.get("result") == TUNED:
+                recipe, method = whole_recipe(domain, word, steps, seed), partial(TunedWhole, domain, photos)
+            else:
+                recipe = tuning_recipe(domain, one["clip"], word, steps, seed)
+                method = partial(TunedEdit, domain, photos, precision(one["clip"]), encoder_fingerprint(one["clip"]))
             return recipe, learn_word(one["model"], one["clip"], one["vae"], photos, recipe, *how, method)
 
         return run(inputs, learn)

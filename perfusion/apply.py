@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .concept import Edit
 from .edit import change, components, gate, gate_of_kin, similarity, withheld
 
-BIAS, TEMPERATURE = 0.75, 0.15
+BIAS, TEMPERATURE = 0.7, 0.1
 KEYS, VALUES = 0, 1
 
 
@@ -22,7 +22,7 @@ class Applied:
     of its super-category, at 1 those learned; `key_strength` scales the whole edit of the keys. `start` and `end` are
     shares of the sampling.
 
-    A token that holds nothing of the concept gives nothing of it (`gate_of_kin`), and what the gate withholds of a
+    A token that has only read of the concept gives nothing of it (`gate_of_kin`), and what the gate withholds of a
     concept stays what it is or becomes the super-category (`withheld`), so that a high bias draws that instead of
     erasing it. `everywhere` is equation 3 to the letter instead: neither of these, and also in prompts without the
     concept.

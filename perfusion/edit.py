@@ -7,9 +7,11 @@ inverse covariance: <a, b> = aᵀ C⁻¹ b. `dual` (j d) holds C⁻¹ i, so that
 import torch
 from einops import einsum
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 RIDGE = 1e-6  # of the Gram matrix, whose diagonal is 1: keeps it solvable when two concepts are one
 TRAINING_BIAS, TRAINING_TEMPERATURE = 0.75, 0.1
+KIN = 0.5  # the similarity up to which a token has only read of the concept; the word itself has 1
 
 
 def dual_of(target_inputs: Tensor, precision: Tensor) -> Tensor:
@@ -29,13 +31,14 @@ def gate(s: Tensor, bias: Tensor | float, temperature: Tensor | float) -> Tensor
 
 
 def gate_of_kin(s: Tensor, bias: Tensor | float, temperature: Tensor | float) -> Tensor:
-    """(σ((s - β) / τ) - σ(-β / τ))₊ / (1 - σ(-β / τ)): the gate, closed to tokens that hold nothing of the concept.
+    """(σ((s - β) / τ) - σ((KIN - β) / τ))₊ / (1 - σ((KIN - β) / τ)): the gate, closed to tokens that hold no more than
+    KIN of the concept.
 
-    The published gate lets a little of o* into every token. Prompts are filled up to 77 tokens, and at a low bias these
-    seventy littles are most of what the picture sees.
+    The published gate lets a little of o* into every token, and much into those behind the word, which have read it.
+    Prompts are filled up to 77 tokens, and at a low bias these seventy are most of what the picture sees.
     """
-    floor = gate(torch.zeros_like(s), bias, temperature)
-    return ((gate(s, bias, temperature) - floor) / (1 - floor)).clamp(min=0)
+    closed, floor = (logsigmoid((torch.as_tensor(bias) - x) / temperature) for x in (s, torch.full_like(s, KIN)))
+    return -torch.expm1(closed - floor).clamp(max=0)  # 1 - (1 - σ(s)) / (1 - σ(KIN)), which loses no digits
 
 
 def withheld(components: Tensor, gates: Tensor, opened: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ def photos():
 
 def edited(domain, photos, model, clip, vae, steps, **changes):
     method = partial(TunedEdit, domain, photos, METRIC, "toy")
-    recipe = tuning_recipe(domain, "<mine>", steps, 5, own_masks=False, **changes)
+    recipe = tuning_recipe(domain, clip, "<mine>", steps, 5, own_masks=False, **changes)
     return learn_word(model, clip, vae, photos, recipe, QUIET, method_of=method).concept
 
 
@@ -74,7 +74,7 @@ def test_an_edit_starts_where_the_encoder_puts_it(domain, photos, model, clip):
         predictor = Predictor(unet, text, "cat", domain.encoder, {}, 1.0, METRIC)
         expected = predict(predictor, torch.stack([p.picture for p in photos]), latents[:, 0], 5)
         predictor.installed.close()
-        recipe = tuning_recipe(domain, "<mine>", 5, 5, own_masks=False)
+        recipe = tuning_recipe(domain, text, "<mine>", 5, 5, own_masks=False)
         method = TunedEdit(domain, photos, METRIC, "toy", unet, text, recipe, Lessons(latents, None, ("",)))
         concept = method.concept({})
         with torch.no_grad():

@@ -5,7 +5,17 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from concepts_pack.perfusion.edit import change, components, dual_of, gate, gate_of_kin, rank_one, similarity, withheld
+from concepts_pack.perfusion.edit import (
+    KIN,
+    change,
+    components,
+    dual_of,
+    gate,
+    gate_of_kin,
+    rank_one,
+    similarity,
+    withheld,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,12 +132,15 @@ def test_the_gate_is_a_sigmoid_of_the_distance_to_the_bias():
 
 
 def test_the_gate_of_kin_is_closed_to_strangers():
-    """0 at and below s = 0 for any bias, rising with s, and the published gate where that is closed at 0."""
+    """0 at and below KIN for any bias, rising with s, and the published gate where that is closed at KIN."""
     s = torch.linspace(-1, 1.5, 101, dtype=torch.float64)
     for bias, temperature in ((0.75, 0.1), (0.4, 0.15), (-0.5, 0.3)):
         found = gate_of_kin(s, bias, temperature)
-        assert (found[s <= 0] == 0).all() and (found[s > 0].diff() > 0).all() and (found < 1).all()
-    np.testing.assert_allclose(gate_of_kin(s, 0.75, 0.05), gate(s, 0.75, 0.05), atol=1e-6)
+        assert (found[s <= KIN] == 0).all() and (found[s > KIN].diff() > 0).all() and (found < 1).all()
+        floor = gate(torch.tensor(KIN, dtype=torch.float64), bias, temperature)
+        np.testing.assert_allclose(found, torch.relu(gate(s, bias, temperature) - floor) / (1 - floor), atol=1e-9)
+    np.testing.assert_allclose(gate_of_kin(s, 1.1, 0.05)[s > KIN], gate(s, 1.1, 0.05)[s > KIN], atol=1e-5)
+    assert gate_of_kin(s.float(), -1.0, 0.01).isfinite().all()
 
 
 def test_what_is_withheld_is_the_rest():

@@ -67,7 +67,7 @@ def patched(model, edit, precision, **settings):
 def test_the_equation_of_the_paper(model, edit, precision, prompts, everywhere):
     """Against equation (3) written with W itself: h = W (e - s i*) + σ((s - β)/τ) o*.
 
-    Unless it acts everywhere, the gate starts from 0 at s = 0, and of what it withholds a token keeps the share that
+    Unless it acts everywhere, the gate starts from 0 at s = 0.5, and of what it withholds a token keeps the share that
     the gate is less open to it than to the word, and gets the rest as super-category.
     """
     context = prompts[0]
@@ -76,7 +76,7 @@ def test_the_equation_of_the_paper(model, edit, precision, prompts, everywhere):
     layers, met = overrides(attentions, [one])
     inverse, i = precision.double(), edit.target_input.double()
     s = context.double() @ inverse @ i / (i @ inverse @ i)
-    gate, floor, word = (1 / (1 + torch.exp(-(x - 0.6) / 0.15)) for x in (s, torch.zeros(()), torch.ones(())))
+    gate, floor, word = (1 / (1 + torch.exp(-(x - 0.6) / 0.15)) for x in (s, torch.tensor(0.5), torch.ones(())))
     own, given = torch.zeros_like(s), torch.zeros_like(s)
     if not everywhere:
         gate, word = torch.relu(gate - floor) / (1 - floor), (word - floor) / (1 - floor)
@@ -300,8 +300,8 @@ def test_weights_of_words(model, clip, precision, weight):
     to_k = next(iter(cross_attentions(model.model.diffusion_model).values())).to_k
     with torch.inference_mode(), overridden(layers):
         key = to_k(context)[0, 2].double()
-    floor, *gates = (1 / (1 + torch.exp((0.75 - x) / 0.15)) for x in (torch.zeros(()).double(), s, torch.ones(())))
-    gate, full = ((g - floor) / (1 - floor) for g in gates)
+    floor, *gates = (1 / (1 + torch.exp((0.7 - x) / 0.1)) for x in (torch.tensor(0.5).double(), s, torch.ones(())))
+    gate, full = (torch.relu(g - floor) / (1 - floor) for g in gates)
     own = torch.relu(s - gate) * torch.relu(full - gate)
     assert (own == 0) == (weight > 1)
     moved = token + (s - own) * (edit.super_input.double() - i)

@@ -33,7 +33,8 @@ def predictor():
     model, clip, _ = load_checkpoint(CHECKPOINT)
     known = domain.load(WEIGHTS / "domains" / "teddy.safetensors")
     with private_copies(model, clip) as (unet, text):
-        made = Predictor(unet, text, known.word, known.encoder, {}, known.scale, torch.eye(encode(text, "")[0].shape[-1]))
+        metric = torch.eye(encode(text, "")[0].shape[-1])
+        made = Predictor(unet, text, known.word, known.encoder, {}, known.scale, metric)
         yield made
         made.installed.close()
 
