@@ -24,7 +24,8 @@ from .samples import to_shown
 from .strangers import tell_strangers
 
 LEVELS = 16  # noise levels that a prediction is the mean of
-WORD_RATE, VALUE_RATE = 0.1, 0.05  # of the class word's numbers and its values in each layer
+SHARE = 0.6  # of the way from the class word to the predicted one, which drowns out the rest of a prompt
+WORD_RATE, VALUE_RATE = 0.05, 0.05  # of the class word's numbers and its values in each layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ class TunedEdit(EditMethod):
 
     def _predicted(self, domain: Domain, photos: Sequence[Photo], clip: CLIP, lessons: Lessons) -> Start:
         shown = squares(photos, lessons.latents.shape[-1] * 8)
-        predictor = Predictor(self.unet, clip, domain.word, domain.encoder.to(self.device), {}, domain.scale,
+        predictor = Predictor(self.unet, clip, domain.word, domain.encoder.to(self.device), {}, SHARE * domain.scale,
                               self.precision)
         try:
             tell_strangers(predictor, lessons.latents[:, 0], self.recipe.seed)

@@ -30,7 +30,7 @@ from .method import SENTENCES, Predictor
 from .offsets import Offset
 from .samples import to_shown
 from .strangers import tell_strangers
-from .tune import predict
+from .tune import SHARE, predict
 from .use import with_difference
 
 RANK = 4
@@ -49,7 +49,8 @@ class TunedWhole(WordMethod):
         self.encoder = copy.deepcopy(domain.encoder).to(self.device).requires_grad_()
         shown = squares(photos, lessons.latents.shape[-1] * 8)
         self.pictures = torch.stack([photo.picture for photo in shown]).to(self.device)
-        self.predictor = Predictor(unet, clip, domain.word, self.encoder, {}, domain.scale, torch.zeros(0, 0))
+        self.predictor = Predictor(unet, clip, domain.word, self.encoder, {}, SHARE * domain.scale,
+                                   torch.zeros(0, 0))
         self.predictor.installed.close()
         tell_strangers(self.predictor, self.latents, recipe.seed)
         self.offsets = {layer: Offset(*(f.detach().clone().to(self.device).requires_grad_()

@@ -11,7 +11,7 @@ from concepts_pack.e4t.encoder import Encoder
 from concepts_pack.e4t.method import Predictor
 from concepts_pack.e4t.offsets import RANK, Offset
 from concepts_pack.e4t.pretrain import shape_of
-from concepts_pack.e4t.tune import TunedEdit, predict, tuning_recipe
+from concepts_pack.e4t.tune import SHARE, TunedEdit, predict, tuning_recipe
 from concepts_pack.e4t.tune_whole import TunedWhole, whole_recipe
 from concepts_pack.e4t.use import apply_offsets, apply_tuned
 from concepts_pack.host.copies import private_copies
@@ -71,7 +71,7 @@ def whole(domain, photos, model, clip, vae, steps, **changes):
 def test_an_edit_starts_where_the_encoder_puts_it(domain, photos, model, clip):
     latents = torch.randn(1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with private_copies(model, clip) as (unet, text):
-        predictor = Predictor(unet, text, "cat", domain.encoder, {}, 1.0, METRIC)
+        predictor = Predictor(unet, text, "cat", domain.encoder, {}, SHARE, METRIC)
         expected = predict(predictor, torch.stack([p.picture for p in photos]), latents[:, 0], 5)
         predictor.installed.close()
         recipe = tuning_recipe(domain, text, "<mine>", 5, 5, own_masks=False)
