@@ -211,6 +211,8 @@ def pretrain(
             record = {**asdict(recipe), "subjects": len(samples.latents), "views": samples.latents.shape[1],
                       "unreadable": samples.unreadable, "steps_done": len(losses),
                       "seconds": round(learner.clock.item())}
+            if start:
+                record["start"] = json.loads(start.metadata.get("concepts.training", "{}"))
             return Domain(recipe.word, base, *learner.averaged(), recipe.scale, weights, text,
                           {"concepts.training": json.dumps(record, sort_keys=True, separators=(",", ":"))})
 

@@ -249,6 +249,7 @@ def test_it_goes_on_from_another_domain(model, clip, tmp_path):
                      Keeping(tmp_path), METRIC, start=first)
     for name, tensor in first.encoder.state_dict().items():
         torch.testing.assert_close(begun.encoder.state_dict()[name], tensor)
+    assert json.loads(begun.metadata["concepts.training"])["start"]["steps_done"] == 5
     with pytest.raises(ValueError, match="another shape"):
         pretrain(model, clip, SAMPLES, replace(RECIPE, levels=(8, 24)), Keeping(tmp_path), METRIC, start=first)
 
