@@ -1,8 +1,9 @@
 """E4T's figures on the sample world: `python3 dev.py run benchmarks/e4t.py`.
 
 A concept from one picture of things of the domain that pretraining has not seen: by the encoder and k steps of tuning,
-by Textual Inversion and by Perfusion from the class word on the same picture. ID and TXT of the scenes of
-`textual_inversion.py`, and the seconds of each training. What pretraining cost is in the domain's record.
+with the whole model tuned, by the same tuning without the encoder, and by Textual Inversion and Perfusion from the class
+word on the same picture. ID and TXT of the scenes of `textual_inversion.py`, and the seconds of each training. What
+pretraining cost is in the domain's record.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import torch
 
 from ..e4t import domain
 from ..e4t.tune import TunedEdit, tuning_recipe
+from ..e4t.tune_whole import TunedWhole, whole_recipe
 from ..microworld.data import parallel
 from ..microworld.domain import instance_photos
 from ..microworld.host import WEIGHTS
 from ..microworld.oracle import load, similarity
 from ..nodes import train_perfusion, train_textual_inversion
+from ..nodes.applying import applied
 from ..perfusion.covariance import encoder_fingerprint, precision
 from ..perfusion.train import EditMethod, EditRecipe
-from ..perfusion.use import apply_concept
 from ..textual_inversion.concept import Concept
 from ..textual_inversion.train import Preview, Recipe, learn_word
 from ..training.dataset import gather
@@ -35,7 +37,7 @@ from .sampling import draw, load_checkpoint
 from .textual_inversion import SCENES, judge
 from .timing import keep
 
-TUNED, INVERTED, EDITED = (0, 1, 5, 15), (5, 25, 100, 400), (300,)
+TUNED, WHOLE, BLIND, INVERTED, EDITED = (0, 1, 5, 15), (5, 15), (5, 15), (5, 25, 100), (150,)
 QUIET = Preview(every=0, steps=1)
 
 
@@ -47,14 +49,21 @@ def photos(kind: str, number: int, count: int):
 
 def learners(base, kind: str, file: Path, seed: int) -> dict[str, Callable]:
     """What makes a concept of gathered photos, by label."""
-    known = domain.load(file)
+    known, blind = domain.load(file), domain.load(file)
+    for layer in (*blind.encoder.words.values(), blind.encoder.values):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
     metric, encoder = precision(base[1]), encoder_fingerprint(base[1])
 
-    def tuned(steps: int, given) -> Concept:
+    def tuned(start: domain.Domain, steps: int, given) -> Concept:
         still = {"learning_rate": 0.0, "value_rate": 0.0} if not steps else {}
-        recipe = tuning_recipe(known, base[1], "<mine>", max(steps, 1), seed, **still)
-        method = partial(TunedEdit, known, given, metric, encoder)
+        recipe = tuning_recipe(start, base[1], "<mine>", max(steps, 1), seed, **still)
+        method = partial(TunedEdit, start, given, metric, encoder)
         return learn_word(*base, given, recipe, QUIET, method_of=method).concept
+
+    def whole(steps: int, given) -> Concept:
+        recipe = whole_recipe(known, "<mine>", steps, seed)
+        return learn_word(*base, given, recipe, QUIET, method_of=partial(TunedWhole, known, given)).concept
 
     def inverted(steps: int, given) -> Concept:
         pace = train_textual_inversion.pace_of("balanced", base[1], kind) | {"steps": steps}
@@ -65,8 +74,9 @@ def learners(base, kind: str, file: Path, seed: int) -> dict[str, Callable]:
         recipe = EditRecipe("<mine>", kind, seed=seed, momentum=0.9, **pace)
         return learn_word(*base, given, recipe, QUIET, method_of=partial(EditMethod, metric, encoder)).concept
 
-    kinds = (("E4T + Perfusion", tuned, TUNED), ("Textual Inversion", inverted, INVERTED),
-             ("Perfusion", edited, EDITED))
+    kinds = (("E4T + Perfusion", partial(tuned, known), TUNED), ("E4T, whole model", whole, WHOLE),
+             ("E4T + Perfusion without the encoder", partial(tuned, blind), BLIND),
+             ("Textual Inversion", inverted, INVERTED), ("Perfusion", edited, EDITED))
     return {f"{label}, {steps} steps": partial(learn, steps) for label, learn, each in kinds for steps in each}
 
 
@@ -84,7 +94,7 @@ def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float) 
         start = time.perf_counter()
         concept = learn(given)
         seconds = time.perf_counter() - start
-        model, clip = apply_concept(*base[:2], concept, 1.0, bias=bias)
+        model, clip = applied(*base[:2], concept, 1.0, bias=bias)
         drawn = draw(model, clip, base[2], [scene.format("<mine>") for scene, _ in SCENES], 1000 * seed, cfg=cfg)
         rows.append((label, *judge(oracle, drawn, kind, real), seconds))
         print(f"{kind} {number}, seed {seed}, {label}: ID {rows[-1][1]:.3f} TXT {rows[-1][2]:.3f} {seconds:.1f} s",
@@ -99,7 +109,7 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cfg", type=float, default=3.0)
-    parser.add_argument("--bias", type=float, default=0.75)
+    parser.add_argument("--bias", type=float, default=0.7)
     args = parser.parse_args()
     file = args.file or WEIGHTS / "domains" / f"{args.domain}.safetensors"
     jobs = [(args.domain, file, number, seed, args.cfg, args.bias)

@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cfg", type=float, default=3.0)
-    parser.add_argument("--bias", type=float, default=0.75, help="of the pairs")
+    parser.add_argument("--bias", type=float, default=0.7, help="of the pairs")
     parser.add_argument("--variants", type=json.loads, default={}, help="settings by label, as JSON")
     args = parser.parse_args()
     names = [name for name, concept in CONCEPTS.items() if concept.split == args.split][: args.concepts]
