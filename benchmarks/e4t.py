@@ -1,9 +1,9 @@
 """E4T's figures on the sample world: `python3 dev.py run benchmarks/e4t.py`.
 
 A concept from one picture of things of the domain that pretraining has not seen: by the encoder and k steps of tuning,
-with the whole model tuned, by the same tuning without the encoder, and by Textual Inversion and Perfusion from the class
-word on the same picture. ID and TXT of the scenes of `textual_inversion.py`, and the seconds of each training. What
-pretraining cost is in the domain's record.
+with the whole model tuned, by the same tuning without the encoder, and by Textual Inversion and Perfusion from the
+class word on the same picture. ID and TXT of the scenes of `textual_inversion.py`, and the seconds of each training.
+What pretraining cost is in the domain's record.
 """
 
 from __future__ import annotations

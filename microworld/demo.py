@@ -1,5 +1,5 @@
 """Runs the Textual Inversion example in a running ComfyUI and lays the learned word beside the class word, then the
-Perfusion example that draws one concept at several biases.
+Perfusion example that draws one concept at several biases, and the E4T example that makes a concept of one picture.
 
 `python3 dev.py demo` starts the server and calls this with the host's Python. The training node's inputs stay the same
 from one submission to the next, so the server trains once and then only draws.
@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 WORKFLOW = Path(__file__).parents[1] / "example_workflows" / "textual_inversion.json"
 SLIDER = WORKFLOW.with_name("perfusion_slider.json")
+ONE_PICTURE = WORKFLOW.with_name("e4t_one_picture.json")
 PHOTOS, TRAIN = "ConceptsMicroworldPhotos", "ConceptsTrainTextualInversion"
 SCENES = (
     "a {} in the snow",
@@ -46,12 +47,13 @@ def main() -> int:
         client = Client(options.server)
         sheet = demonstrate(client, options.out, options.steps)
         slider = slide(client, options.out)
+        single = one_picture(client, options.out)
     except ComfyError as error:
         print(error)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(f"Contact sheet: {sheet}\nOne slider:    {slider}\nAll pictures:  {options.out}")
+    print(f"Contact sheet: {sheet}\nOne slider:    {slider}\nOne picture:   {single}\nAll pictures:  {options.out}")
     return 0
 
 
@@ -108,6 +110,26 @@ def slide(client: Client, out: Path) -> Path:
             paste(sheet, picture, (left, MARGIN + 36 + row * (CELL + GAP)))
     sheet.save(out / "slider.png")
     return out / "slider.png"
+
+
+def one_picture(client: Client, out: Path) -> Path:
+    """Run the E4T example, keep its pictures, and return a sheet with the photo beside what its word draws."""
+    info = client.object_info()
+    prompt = to_prompt(json.loads(ONE_PICTURE.read_text(encoding="utf-8")), info)
+    print("a concept from one picture", flush=True)
+    outputs = client.run({**prompt, "photo": tap(prompt, PHOTOS, info)}, Progress())
+    photos = client.save_images(outputs["photo"], out, "one-picture-photo")
+    drawn = client.save_images(outputs[find(prompt, "SaveImage")], out, "one-picture")
+    text = prompt[prompt[find(prompt, "KSampler")]["inputs"]["positive"][0]]["inputs"]["text"]
+    columns = len(photos) + len(drawn)
+    sheet = Image.new("RGB", (3 * MARGIN + columns * (CELL + GAP), 2 * MARGIN + 36 + CELL), PAPER)
+    write(sheet, (MARGIN, MARGIN), "the picture", 18, INK)
+    write(sheet, (2 * MARGIN + len(photos) * (CELL + GAP), MARGIN), text, 18, INK)
+    for number, path in enumerate((*photos, *drawn)):
+        gap = MARGIN if number >= len(photos) else 0
+        paste(sheet, path, (MARGIN + gap + number * (CELL + GAP), MARGIN + 36))
+    sheet.save(out / "one_picture.png")
+    return out / "one_picture.png"
 
 
 def find(prompt: dict, kind: str) -> str:

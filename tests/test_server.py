@@ -116,8 +116,10 @@ def test_demo_leaves_its_pictures(tmp_path):
     env = {**os.environ, "COMFYUI_PYTHON": sys.executable}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
-    sheets = f"Contact sheet: {tmp_path / 'contact_sheet.png'}\nOne slider:    {tmp_path / 'slider.png'}\n"
+    sheets = (f"Contact sheet: {tmp_path / 'contact_sheet.png'}\nOne slider:    {tmp_path / 'slider.png'}\n"
+              f"One picture:   {tmp_path / 'one_picture.png'}\n")
     assert result.stdout.endswith(f"{sheets}All pictures:  {tmp_path}\n")
     names = {path.name for path in tmp_path.iterdir()}
-    assert names >= {"contact_sheet.png", "training-1.png", "photo-4.png", "scene-8-learned-word-2.png", "server.log"}
+    assert names >= {"contact_sheet.png", "one_picture.png", "one-picture-photo-1.png", "training-1.png", "photo-4.png",
+                     "scene-8-learned-word-2.png", "server.log"}
     assert len([name for name in names if name.startswith("bias-")]) == 12
