@@ -1,8 +1,9 @@
 """Perfusion's figures on the sample world: `python3 dev.py run benchmarks/perfusion.py`.
 
 `--part single`: one concept learned by Perfusion with locked and with trained keys and by Textual Inversion, drawn in
-scenes at eight biases. `--part pairs`: two and three separately learned concepts in one picture, after `single` has
-learned them. `--part masks`: zero-shot masks beside the true ones. `--part settings`: the variants of `--variants`.
+scenes at eight biases. `--part pairs`: two separately learned concepts in one picture, after `single` has learned them,
+and `--part judge`: what their judge makes of true renders. `--part leaks`: attention outside the subject. `--part
+masks`: zero-shot masks beside the true ones. `--part settings`: the variants of `--variants`.
 Settings are chosen with `--split validation`; what is reported comes from `--split test`.
 """
 
@@ -24,6 +25,8 @@ from ..host.text import encode, ready, rows, word_places
 from ..microworld import captions
 from ..microworld.data import parallel, work
 from ..microworld.oracle import embed, load, read
+from ..microworld.render import render
+from ..microworld.scene import Scene, place_pair
 from ..microworld.world import CONCEPTS, concept_photos, super_category
 from ..nodes.train_perfusion import PRESETS, pace_of
 from ..perfusion import file
@@ -210,6 +213,21 @@ def both_right(oracle, images: Tensor, first: str, second: str, reals: dict[str,
     return float(np.mean(right))
 
 
+def judged_renders(names: list[str], count: int = 8) -> dict:
+    """How often the judge of `pairs` finds true renders of two concepts right: what it could find at best."""
+    oracle, rng = load(), np.random.default_rng(0)
+    reals = {name: torch.from_numpy(concept_photos(name, 24, REAL_SEED)[0]) for name in names}
+    rates = []
+    for place, first in enumerate(names):
+        second = names[(place + 1) % len(names)]
+        posed = [place_pair(rng, CONCEPTS[first].thing, CONCEPTS[second].thing, "left of") for _ in range(count)]
+        drawn = [render(Scene(one, "snow", two, relation="left of", seed=number), 128)[0]
+                 for number, (one, two) in enumerate(posed)]
+        rates.append(both_right(oracle, torch.from_numpy(np.stack(drawn)).float() / 255, first, second, reals))
+        print(f"{first} and {second}, true renders: {rates[-1]:.2f}", flush=True)
+    return {"true renders": interval(np.array(rates)), "renders of each pair": count}
+
+
 def mask_quality(names: list[str], count: int = 16) -> dict:
     """Intersection over union of zero-shot masks, cut at one half, with the true ones at the latents' size."""
     base = load_checkpoint()
@@ -231,7 +249,7 @@ def mask_quality(names: list[str], count: int = 16) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=("single", "pairs", "masks", "leaks", "settings"), default="single")
+    parser.add_argument("--part", choices=("single", "pairs", "judge", "masks", "leaks", "settings"), default="single")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--concepts", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=5)
@@ -246,6 +264,8 @@ def main() -> None:
         result = summary([row for part in parallel(single, *zip(*jobs, strict=True)) for row in part])
     elif args.part == "pairs":
         result = pairs(names, args.seeds, args.cfg, args.bias) | {"bias": args.bias, "enough ID": ENOUGH}
+    elif args.part == "judge":
+        result = judged_renders(names)
     else:
         result = leaks(names, args.seeds) if args.part == "leaks" else mask_quality(names)
     result |= {"split": args.split, "concepts": names, "seeds": args.seeds, "cfg": args.cfg}
