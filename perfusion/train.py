@@ -33,13 +33,13 @@ SURE = 0.8  # of the word's own similarity: below this a prompt may hold the wor
 class EditRecipe(Recipe):
     """What decides the edit, besides what decides the word.
 
-    `value_rate` is the learning rate of o*_V, in root mean squares of where each layer's o*_V starts when
-    `relative_values`; `learning_rate` is that of the word, `momentum` what i* keeps of itself at each step (section
-    4.4). `constancy` is the weight of a second loss that keeps the word near i* wherever it stands in a prompt. Each
-    step draws its bias from `bias` ± `slide`, so that the concept is learned for the whole slider. `own_masks` takes
-    masks from the model's own attention to the super-category where none are given. `corpus` names the captions of the
-    user's own that the encoder was measured on. The last two are ablations: keys that are learned instead of locked,
-    and a gradient through i*.
+    `value_rate` is the learning rate of o*_V, in root mean squares of the super-category's values in each layer when
+    `relative_values`, for trained keys too; `learning_rate` is that of the word, `momentum` what i* keeps of itself at
+    each step (section 4.4). `constancy` is the weight of a second loss that keeps the word near i* wherever it stands
+    in a prompt. Each step draws its bias from `bias` ± `slide`, so that the concept is learned for the whole slider.
+    `own_masks` takes masks from the model's own attention to the super-category where none are given. `corpus` names
+    the captions of the user's own that the encoder was measured on. The last two are ablations: keys that are learned
+    instead of locked, and a gradient through i*.
     """
 
     value_rate: float = 0.03
@@ -116,7 +116,6 @@ class EditMethod(WordMethod):
         self.met.clear()
 
     def sampled(self) -> ModelPatcher:
-        self.call = None
         edit = self.learned_edit()
         return with_edits(self.unet, [applied(edit, self.precision.cpu(), self.recipe.placeholder)], overrides)
 
