@@ -2,7 +2,8 @@
 
 This pack and the loop of diffusers' textual-inversion script on Stable Diffusion 1.5's true shapes with random weights,
 same batch and picture size, steps taken in turn in one process; then each alone in a process of its own for its peak
-memory. Reports medians, the ratio of the two with its quartiles, and our step over our forward pass.
+memory. Reports medians, the ratio of the two with its quartiles, our step over our forward pass, and what the time goes
+into by operator.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..textual_inversion.train import Recipe, WordMethod
 from ..training.dataset import Lessons
 from ..training.draws import draw
 from ..training.loop import Plan, train
-from .timing import conditions, in_turn, keep, medians, peak_alone, peak_now, ratio
+from .timing import conditions, in_turn, keep, medians, peak_alone, peak_now, profiled, ratio
 
 UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2, 2],
@@ -137,10 +138,12 @@ def interleaved(batch: int, size: int, rounds: int) -> dict:
         actions = {f"ours {name}": action for name, action in ours(stack, batch, size).items()}
         actions |= {f"diffusers {name}": action for name, action in theirs(batch, size).items()}
         times = in_turn(actions, rounds)
+        profiles = {which: profiled(actions[f"{which} step"]) for which in ("ours", "diffusers")}
     return {
         "seconds, median": medians(times),
         "ours / diffusers [median, quartiles]": ratio(times["ours step"], times["diffusers step"]),
         "our step / our forward [median, quartiles]": ratio(times["ours step"], times["ours forward"]),
+        "seconds by operator": profiles,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import resource
 import statistics
@@ -14,10 +15,12 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+TOP_PAD, MMAP_MAX = -2, -4  # of mallopt, in glibc's malloc.h
 
 
 def in_turn(actions: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
     """Seconds of each action in each round, after one round of warming up."""
+    keep_pages()
     times: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(rounds + 1):
         for name, action in actions.items():
@@ -27,6 +30,29 @@ def in_turn(actions: dict[str, Callable], rounds: int) -> dict[str, list[float]]
                 times[name].append(time.perf_counter() - start)
         print({name: round(values[-1], 2) for name, values in times.items() if values}, flush=True)
     return times
+
+
+def keep_pages() -> None:
+    """Makes glibc hold on to memory it got, as PyTorch's own allocator does on a graphics card.
+
+    Without it each large tensor takes fresh pages from the system, a third of the time here and most of the noise.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(MMAP_MAX, 0)
+        libc.mallopt(TOP_PAD, 2**30)
+
+
+def profiled(action: Callable, shown: int = 12) -> dict[str, float]:
+    """Seconds that the costliest operators of `action` take by themselves, and all of them."""
+    keep_pages()
+    action()
+    with torch.profiler.profile(acc_events=True) as profile:
+        action()
+    took = {event.key: (event.self_cpu_time_total + event.self_device_time_total) / 1e6
+            for event in profile.key_averages()}
+    costly = sorted(took, key=took.get, reverse=True)[:shown]
+    return {name: round(took[name], 3) for name in costly} | {"all": round(sum(took.values()), 3)}
 
 
 def medians(times: dict[str, list[float]]) -> dict[str, float]:
