@@ -126,11 +126,11 @@ def main() -> None:
     if args.alone:
         print(peak(args.alone, args.batch, args.size))
         return
+    memory = {which: peak_alone(__file__, which, args.batch, args.size) for which in ("ours", "native")}
     result = conditions(args.batch, args.size, args.rounds)
+    result |= {"peak GB": memory, "peak, ours ÷ native LoRA": memory["ours"] / memory["native"]}
     result["training"] = steps(args.batch, args.size, args.rounds)
     result["sampling"] = sampling(args.size, args.rounds, args.sampling_steps)
-    memory = {which: peak_alone(__file__, which, args.batch, args.size) for which in ("ours", "native")}
-    result |= {"peak GB": memory, "peak, ours ÷ native LoRA": memory["ours"] / memory["native"]}
     keep(result, "perfusion_time")
 
 

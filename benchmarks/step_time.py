@@ -166,9 +166,10 @@ def main() -> None:
     if args.alone:
         print(peak(args.alone, args.batch, args.size))
         return
-    result = conditions(args.batch, args.size, args.rounds) | interleaved(args.batch, args.size, args.rounds)
     memory = {which: peak_alone(__file__, which, args.batch, args.size) for which in ("ours", "diffusers")}
+    result = conditions(args.batch, args.size, args.rounds)
     result |= {"peak GB": memory, "peak, ours / diffusers": memory["ours"] / memory["diffusers"]}
+    result |= interleaved(args.batch, args.size, args.rounds)
     keep(result, "step_time")
 
 

@@ -20,6 +20,7 @@ from .scene import BACKGROUNDS, COLOURS, PATTERNS, RELATIONS, Scene
 from .shapes import CLASSES
 
 WEIGHTS = Path(__file__).parent / "weights" / "oracle" / "oracle.safetensors"
+PAIR_WEIGHTS = WEIGHTS.with_name("pairs.safetensors")
 OTHER, NONE = "other", "none"
 
 FACTORS: dict[str, tuple[str, ...]] = {
@@ -95,10 +96,10 @@ class Oracle(nn.Module):
         return F.normalize(self.identity_head(torch.cat([mean, peak], 1)), dim=1)
 
 
-def load() -> Oracle:
-    """The trained oracle, in evaluation mode."""
+def load(weights: Path = WEIGHTS) -> Oracle:
+    """The trained oracle, in evaluation mode; that of PAIR_WEIGHTS also knows two nameless looks in one picture."""
     oracle = Oracle()
-    oracle.load_state_dict({key: value.float() for key, value in load_file(WEIGHTS).items()})
+    oracle.load_state_dict({key: value.float() for key, value in load_file(weights).items()})
     return oracle.eval()
 
 
