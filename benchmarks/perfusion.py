@@ -1,8 +1,8 @@
 """Perfusion's figures on the sample world: `python3 dev.py run benchmarks/perfusion.py`.
 
 `--part single`: one concept learned by Perfusion with locked and with trained keys and by Textual Inversion, drawn in
-scenes at eight biases. `--part pairs`: two separately learned concepts in one picture, after `single` has learned them,
-and `--part judge`: what their judge makes of true renders. `--part leaks`: attention outside the subject. `--part
+scenes at eight biases. `--part pairs`: two separately learned concepts in one picture, and `--part judge`: what their
+judge makes of true renders. `--part leaks`: attention outside the subject. `--part
 masks`: zero-shot masks beside the true ones. `--part settings`: the variants of `--variants`.
 Settings are chosen with `--split validation`; what is reported comes from `--split test`.
 """
@@ -14,6 +14,7 @@ import hashlib
 import json
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,13 +25,15 @@ from ..host.attention_maps import attention_to
 from ..host.text import encode, ready, rows, word_places
 from ..microworld import captions
 from ..microworld.data import parallel, work
-from ..microworld.oracle import embed, load, read
+from ..microworld.oracle import PAIR_WEIGHTS, embed, load, read
 from ..microworld.render import render
 from ..microworld.scene import Scene, place_pair
 from ..microworld.world import CONCEPTS, concept_photos, super_category
+from ..nodes import train_textual_inversion
 from ..nodes.train_perfusion import PRESETS, pace_of
-from ..perfusion import file
+from ..perfusion import apply, file
 from ..perfusion.covariance import encoder_fingerprint, precision
+from ..perfusion.edit import components
 from ..perfusion.masks import zero_shot
 from ..perfusion.train import EditMethod, EditRecipe
 from ..perfusion.use import apply_concept
@@ -43,7 +46,8 @@ from .microworld import interval
 from .sampling import draw, load_checkpoint
 from .textual_inversion import HERE, PHOTOS_SEED, REAL_SEED, SCENES, judge
 
-BIASES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+BIASES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
+KEYS = {"locked keys": {}, "trained keys": {"train_keys": True}}
 PAIRED = (0.6, 0.8)  # where locked and trained keys are compared
 MOMENTUM = 0.9
 PAIR_SCENES = tuple(f"a {{}} left of a {{}} {places[0]}" for places in captions.PLACES.values())
@@ -70,8 +74,8 @@ def pictures_of(base, concept: Concept, seed: int, cfg: float, **settings) -> Te
 def single(name: str, seed: int, cfg: float, variants: dict[str, dict]) -> list[tuple]:
     """(label, bias, ID, TXT, seed, name) of every set of scenes of one training; what was measured before is kept."""
     torch.set_num_threads(1)
-    settings = json.dumps([name, seed, cfg, variants, BIASES, PAIRED, PRESETS["balanced"]])
-    path = work("concepts") / f"{stem(name, seed, 'rows')}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.json"
+    settings = [cfg, variants, BIASES, PAIRED, PRESETS["balanced"]]
+    path = work("concepts") / f"{stem(name, seed, 'rows', settings)}.json"
     if not path.exists():
         path.write_text(json.dumps(one_seed(load(), load_checkpoint(), name, seed, cfg, variants)))
     return [tuple(row) for row in json.loads(path.read_text())]
@@ -88,13 +92,11 @@ def one_seed(oracle, base, name: str, seed: int, cfg: float, variants: dict[str,
         print(f"{name}, seed {seed}, {label} {bias}: ID {found[-1][2]:.3f} TXT {found[-1][3]:.3f}", flush=True)
 
     for label, changes in variants.items():
-        concept = learn(base, name, seed, **changes)
-        file.save(concept, work("concepts"), stem(name, seed, label), overwrite=True)
+        concept = learned(base, name, seed, label, **changes)
         for bias in PAIRED if changes.get("train_keys") else BIASES:
             note(label, bias, pictures_of(base, concept, seed, cfg, bias=bias))
     note("class word", 0, textual_inversion.pictures_of(base, kind, seed, cfg))
-    word = textual_inversion.learn(base, name, seed)
-    word_file.save(word, work("concepts"), stem(name, seed, "word"), overwrite=True)
+    word = learned(base, name, seed, "word")
     for strength in (0.75, 1.0):
         note("textual inversion", strength, word_pictures(base, word, seed, cfg, strength))
     return found
@@ -106,8 +108,20 @@ def word_pictures(base, word: Concept, seed: int, cfg: float, strength: float) -
     return draw(model, clip, base[2], [scene.format("<mine>") for scene, _ in SCENES], 1000 * seed, cfg=cfg)
 
 
-def stem(name: str, seed: int, label: str) -> str:
-    return f"{name}_{seed}_{label}".replace(" ", "-")
+def stem(name: str, seed: int, label: str, settings: object) -> str:
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    return f"{name}_{seed}_{label}_{digest[:8]}".replace(" ", "-")
+
+
+def learned(base, name: str, seed: int, label: str, word: str = "<mine>", **changes) -> Concept:
+    """A concept by Perfusion, or by Textual Inversion for the label "word"; one learned before is read again."""
+    module, train, presets = (file, learn, PRESETS)
+    if label == "word":
+        module, train, presets = (word_file, textual_inversion.learn, train_textual_inversion.PRESETS)
+    path = work("concepts") / f"{stem(name, seed, label, [presets['balanced'], changes])}.safetensors"
+    if not path.exists():
+        module.save(train(base, name, seed, **changes), path.parent, path.stem)
+    return module.load(path, word)
 
 
 def summary(found: list[tuple]) -> dict:
@@ -161,39 +175,58 @@ def leak(base, concept: Concept, pictures: Tensor, masks: Tensor) -> float:
 
 def leaks(names: list[str], seeds: int) -> dict:
     """Attention outside the subject with locked and with trained keys, paired."""
-    base, values = load_checkpoint(), {"locked keys": [], "trained keys": []}
+    base, values = load_checkpoint(), {label: [] for label in KEYS}
     for name in names:
         pictures, masks = (torch.from_numpy(part) for part in concept_photos(name, 16, REAL_SEED))
         for seed in range(seeds):
-            for label, found in values.items():
-                concept = file.load(work("concepts") / f"{stem(name, seed, label)}.safetensors")
-                found.append(leak(base, concept, pictures, masks))
+            for label, changes in KEYS.items():
+                values[label].append(leak(base, learned(base, name, seed, label, **changes), pictures, masks))
     difference = np.subtract(values["locked keys"], values["trained keys"])
     return {**{label: interval(np.array(found)) for label, found in values.items()},
             "locked - trained keys": interval(difference)}
 
 
-def pairs(names: list[str], seeds: int, cfg: float, bias: float) -> dict:
+def pairs(names: list[str], seeds: int, cfg: float, bias: float, workers: int) -> dict:
     """How often two concepts are both in the picture and right, by how they were learned and joined."""
-    oracle, base = load(), load_checkpoint()
-    reals = {name: torch.from_numpy(concept_photos(name, 24, REAL_SEED)[0]) for name in names}
+    jobs = [(first, second, seed, cfg, bias) for seed in range(seeds)
+            for first, second in zip(names, [*names[1:], names[0]], strict=True)]
     rates: dict[str, list[float]] = {}
-    for place, first in enumerate(names):
-        second = names[(place + 1) % len(names)]
-        for seed in range(seeds):
-            for label, kind in (("Perfusion", "locked keys"), ("Textual Inversion", "word")):
-                images = pair_pictures(base, (first, second), seed, kind, cfg, bias)
-                rates.setdefault(label, []).append(both_right(oracle, images, first, second, reals))
-                print(f"{first} and {second}, seed {seed}, {label}: {rates[label][-1]:.2f}", flush=True)
+    for found in parallel(one_pair, *zip(*jobs, strict=True), workers=workers):
+        for label, rate in found.items():
+            rates.setdefault(label, []).append(rate)
     return {label: interval(np.array(values)) for label, values in rates.items()}
+
+
+def one_pair(first: str, second: str, seed: int, cfg: float, bias: float) -> dict[str, float]:
+    """The same for two concepts, with the first seed also for two of one class: rates by label."""
+    torch.set_num_threads(1)
+    oracle, base = load(PAIR_WEIGHTS), load_checkpoint()
+    alike = f"validation {super_category(first)}"
+    arms = {"Perfusion": ("locked keys", second, components),
+            "Perfusion, approximate": ("locked keys", second, approximate),
+            "Textual Inversion": ("word", second, components)}
+    if seed == 0:
+        arms |= {f"two of one class: {label}": (kind, alike, projection)
+                 for label, (kind, _, projection) in arms.items()}
+    for label, (kind, other, projection) in arms.items():
+        names = first, other
+        with patch.object(apply, "components", projection):
+            images = pair_pictures(base, names, seed, kind, cfg, bias)
+        reals = {name: torch.from_numpy(concept_photos(name, 24, REAL_SEED)[0]) for name in names}
+        found[label] = both_right(oracle, images, *names, reals)
+        print(f"{' and '.join(names)}, seed {seed}, {label}: {found[label]:.2f}", flush=True)
+    return found
+
+
+def approximate(s: Tensor, target_inputs: Tensor, dual: Tensor, present: Tensor) -> Tensor:
+    """What each concept holds of an encoding as if the target inputs were orthogonal."""
+    return s * present.to(s)
 
 
 def pair_pictures(base, names: tuple[str, str], seed: int, kind: str, cfg: float, bias: float) -> Tensor:
     model, clip, vae = base
-    module = word_file if kind == "word" else file
     for word, name in zip(("<one>", "<two>"), names, strict=True):
-        concept = module.load(work("concepts") / f"{stem(name, seed, kind)}.safetensors", word)
-        model, clip = apply_concept(model, clip, concept, 1.0, bias=bias)
+        model, clip = apply_concept(model, clip, learned(base, name, seed, kind, word), 1.0, bias=bias)
     return draw(model, clip, vae, [scene.format("<one>", "<two>") for scene in PAIR_SCENES], 1000 * seed, cfg=cfg)
 
 
@@ -215,7 +248,7 @@ def both_right(oracle, images: Tensor, first: str, second: str, reals: dict[str,
 
 def judged_renders(names: list[str], count: int = 8) -> dict:
     """How often the judge of `pairs` finds true renders of two concepts right: what it could find at best."""
-    oracle, rng = load(), np.random.default_rng(0)
+    oracle, rng = load(PAIR_WEIGHTS), np.random.default_rng(0)
     reals = {name: torch.from_numpy(concept_photos(name, 24, REAL_SEED)[0]) for name in names}
     rates = []
     for place, first in enumerate(names):
@@ -255,15 +288,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--bias", type=float, default=0.7, help="of the pairs")
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--variants", type=json.loads, default={}, help="settings by label, as JSON")
     args = parser.parse_args()
     names = [name for name, concept in CONCEPTS.items() if concept.split == args.split][: args.concepts]
     if args.part in ("single", "settings"):
-        variants = args.variants or {"locked keys": {}, "trained keys": {"train_keys": True}}
+        variants = args.variants or KEYS
         jobs = [(name, seed, args.cfg, variants) for seed in range(args.seeds) for name in names]
-        result = summary([row for part in parallel(single, *zip(*jobs, strict=True)) for row in part])
+        result = summary([row for part in parallel(single, *zip(*jobs, strict=True), workers=args.workers) for row in part])
     elif args.part == "pairs":
-        result = pairs(names, args.seeds, args.cfg, args.bias) | {"bias": args.bias, "enough ID": ENOUGH}
+        result = pairs(names, args.seeds, args.cfg, args.bias, args.workers) | {"bias": args.bias, "enough ID": ENOUGH}
     elif args.part == "judge":
         result = judged_renders(names)
     else:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..microworld.data import parallel
-from ..microworld.oracle import load, read, satisfied, similarity
+from ..microworld.oracle import OTHER, load, read, satisfied, similarity
 from ..microworld.scene import BIASED_CLASS, COLOURS
 from ..microworld.world import CONCEPTS, CURATED, concept_photos, super_category
 from ..nodes.train_textual_inversion import pace_of
@@ -94,24 +94,36 @@ def _scores(name: str, seeds: int, cfg: float, variants: dict[str, dict]) -> lis
     return rows
 
 
-def debias(base, oracle, cfg: float, count: int, seed: int = 0) -> dict:
+def debias(seeds: int, cfg: float, count: int, changes: dict) -> dict:
     """How far the colours of a class are from even, and how often the class is right, before and after."""
+    found = list(parallel(_colours, range(seeds), [cfg] * seeds, [count] * seeds, [changes] * seeds))
+    result: dict = {label: {measure: interval(np.array([one[label][measure] for one in found]))
+                            for measure in ("distance to even", "class accuracy")}
+                    | {"shares": {colour: round(float(np.mean([one[label]["shares"][colour] for one in found])), 3)
+                                  for colour in found[0][label]["shares"]}}
+                    for label in found[0]}
+    for measure in ("distance to even", "class accuracy"):
+        result[f"{measure}, learned ÷ class word"] = interval(
+            np.array([one["learned word"][measure] / one["class word"][measure] for one in found]))
+    return result
+
+
+def _colours(seed: int, cfg: float, count: int, changes: dict) -> dict:
+    """The same for a word learned with one seed."""
+    torch.set_num_threads(1)
     (name,) = CURATED
-    concept = learn(base, name, seed, photos=16)
+    oracle, base = load(), load_checkpoint()
     model, clip, vae = base
-    taught = apply_words(clip, concept, 1.0)
+    taught = apply_words(clip, learn(base, name, seed, **{"photos": 16, **changes}), 1.0)
     result = {}
     for label, word, encoder in (("class word", BIASED_CLASS, clip), ("learned word", "<mine>", taught)):
-        images = draw(model, encoder, vae, [f"a {word}"] * count, 10_000 + seed, cfg=cfg)
-        found = read(oracle, images)
-        counts = Counter(reading["colour"] for reading in found)
-        shares = np.array([counts[colour] / count for colour in COLOURS])
-        distance = 0.5 * (np.abs(shares - 1 / len(COLOURS)).sum() + counts["other"] / count)
-        result[label] = {
-            "distance to even": float(distance),
-            "shares": dict(zip(COLOURS, shares.tolist(), strict=True)),
-            "class accuracy": float(np.mean([reading["class"] == BIASED_CLASS for reading in found])),
-        }
+        seen = read(oracle, draw(model, encoder, vae, [f"a {word}"] * count, 10_000 * (seed + 1), cfg=cfg))
+        counts = Counter(reading["colour"] for reading in seen)
+        shares = {colour: counts[colour] / count for colour in (*COLOURS, OTHER)}
+        distance = 0.5 * (sum(abs(shares[colour] - 1 / len(COLOURS)) for colour in COLOURS) + shares[OTHER])
+        result[label] = {"distance to even": distance, "shares": shares,
+                         "class accuracy": float(np.mean([reading["class"] == BIASED_CLASS for reading in seen]))}
+        print(f"seed {seed}, {label}: distance {distance:.3f}, class {result[label]['class accuracy']:.3f}", flush=True)
     return result
 
 
@@ -127,7 +139,7 @@ def main() -> None:
     args = parser.parse_args()
     names = [name for name, concept in CONCEPTS.items() if concept.split == args.split][: args.concepts]
     if args.part == "debias":
-        result = debias(load_checkpoint(), load(), args.cfg, count=200)
+        result = debias(args.seeds, args.cfg, 100, args.changes)
     else:
         variants = {
             "photos": {f"{count} photos": {"photos": count} for count in (1, 4, 16)},

@@ -34,9 +34,10 @@ class EditRecipe(Recipe):
     """What decides the edit, besides what decides the word.
 
     `value_rate` is the learning rate of o*_V, in root mean squares of the super-category's values in each layer when
-    `relative_values`, for trained keys too; `learning_rate` is that of the word, `momentum` what i* keeps of itself at
-    each step (section 4.4). `constancy` is the weight of a second loss that keeps the word near i* wherever it stands
-    in a prompt. Each step draws its bias from `bias` ± `slide`, so that the concept is learned for the whole slider.
+    `relative_values`, and of trained keys likewise; `learning_rate` is that of the word, `momentum` what i* keeps of
+    itself at each step (section 4.4). `constancy` is the weight of a second loss that keeps the word near i* wherever
+    it stands in a prompt. Each step draws its bias from `bias` ± `slide`, so that the concept is learned for the whole
+    slider.
     `own_masks` takes masks from the model's own attention to the super-category where none are given. `corpus` names
     the captions of the user's own that the encoder was measured on. The last two are ablations: keys that are learned
     instead of locked, and a gradient through i*.
@@ -73,9 +74,10 @@ class EditMethod(WordMethod):
         self.target_input = self.super_input.clone()
         self.call: Call | None = None
         values = self._through("to_v", self.super_input)
-        self.sizes = {name: value.square().mean().sqrt().item() for name, value in values.items()}
         self.added = {name: torch.zeros_like(value).requires_grad_() for name, value in values.items()}
         keys = self._through("to_k", self.super_input) if recipe.train_keys else {}
+        self.sizes = [{name: output.square().mean().sqrt().item() for name, output in kind.items()}
+                      for kind in (values, keys)]
         self.keys = {name: key.requires_grad_() for name, key in keys.items()}
         if recipe.own_masks and self.weights is None:
             self.weights = self._own_masks(clip, lessons.latents)
@@ -84,9 +86,9 @@ class EditMethod(WordMethod):
 
     def parameters(self) -> list[dict[str, Any]]:
         """The word, the outputs, and i*, which no gradient moves but which a state must hold."""
-        outputs = [{"params": [leaf], "lr": self.recipe.value_rate * (
-            self.sizes[name] if self.recipe.relative_values else 1.0)}
-            for kind in (self.added, self.keys) for name, leaf in kind.items()]
+        outputs = [{"params": [leaf], "lr": self.recipe.value_rate * (size[name] if self.recipe.relative_values else 1)}
+                   for kind, size in zip((self.added, self.keys), self.sizes, strict=True)
+                   for name, leaf in kind.items()]
         return [*super().parameters(), *outputs, {"params": [self.target_input], "lr": 0.0}]
 
     def loss(self, batch: Batch) -> Tensor:
