@@ -208,6 +208,7 @@ def one_pair(first: str, second: str, seed: int, cfg: float, bias: float) -> dic
     if seed == 0:
         arms |= {f"two of one class: {label}": (kind, alike, projection)
                  for label, (kind, _, projection) in arms.items()}
+    found = {}
     for label, (kind, other, projection) in arms.items():
         names = first, other
         with patch.object(apply, "components", projection):
@@ -295,7 +296,8 @@ def main() -> None:
     if args.part in ("single", "settings"):
         variants = args.variants or KEYS
         jobs = [(name, seed, args.cfg, variants) for seed in range(args.seeds) for name in names]
-        result = summary([row for part in parallel(single, *zip(*jobs, strict=True), workers=args.workers) for row in part])
+        parts = parallel(single, *zip(*jobs, strict=True), workers=args.workers)
+        result = summary([row for part in parts for row in part])
     elif args.part == "pairs":
         result = pairs(names, args.seeds, args.cfg, args.bias, args.workers) | {"bias": args.bias, "enough ID": ENOUGH}
     elif args.part == "judge":

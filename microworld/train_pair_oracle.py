@@ -1,4 +1,4 @@
-"""Teach the oracle two nameless looks in one picture: `python3 dev.py run microworld/train_pair_oracle.py --minutes 10`.
+"""Teach the oracle two nameless looks in one picture: `python3 dev.py run microworld/train_pair_oracle.py`.
 
 The oracle has seen looks that no word names only alone. This one goes on from it, on pictures of two such things, and
 judges pictures of two concepts; ID and TXT of single ones stay with the first.
