@@ -34,7 +34,7 @@ class Domain:
 
     `word` is the class word that predicted words start from, `scale` the size of an offset of 1 in root mean squares of
     its numbers. `base` is the family of checkpoints; `model` and `text` are fingerprints of the UNet and of the text
-    encoder that it was learned on.
+    encoder that it was learned on, `vision` that of the CLIP vision that its encoder sees with, empty for a stem.
     """
 
     word: str
@@ -45,6 +45,7 @@ class Domain:
     model: str = ""
     text: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    vision: str = ""
 
 
 def to_bytes(domain: Domain) -> bytes:
@@ -62,6 +63,7 @@ def to_bytes(domain: Domain) -> bytes:
             "concepts.encoder": domain.text,
             "e4t.model": domain.model,
             "e4t.scale": repr(domain.scale),
+            "e4t.vision": domain.vision,
             "e4t.shape": json.dumps(asdict(domain.encoder.shape), separators=(",", ":")),
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": f"{domain.base}/e4t",
@@ -91,10 +93,13 @@ def from_bytes(data: bytes, name: str) -> Domain:
     _check_header(name, metadata)
     tensors = {key: single_precision(name, key, tensor) for key, tensor in tensors.items()}
     shape = _shape(name, metadata)
+    if shape.stem == bool(metadata.get("e4t.vision")):
+        raise ValueError(f"{name} is damaged: an encoder has either a stem of its own or a CLIP vision, e4t.vision.")
     encoder = _encoder(name, shape, {key: t for key, t in tensors.items() if key.startswith("encoder.")})
     offsets = _offsets(name, {key: t for key, t in tensors.items() if not key.startswith("encoder.")})
     return Domain(metadata.get("concepts.class_word", ""), metadata.get("modelspec.base_model", ""), encoder, offsets,
-                  _scale(name, metadata), metadata.get("e4t.model", ""), metadata.get("concepts.encoder", ""), metadata)
+                  _scale(name, metadata), metadata.get("e4t.model", ""), metadata.get("concepts.encoder", ""), metadata,
+                  metadata.get("e4t.vision", ""))
 
 
 def _check_header(name: str, metadata: Mapping[str, str]) -> None:

@@ -1,5 +1,6 @@
 """ComfyUI's own classes at toy size with random weights: an SD1.x UNet, a CLIP with the real tokenizer, a TAESD VAE."""
 
+import comfy.clip_vision
 import comfy.model_base
 import comfy.model_patcher
 import comfy.sd
@@ -127,6 +128,24 @@ def make_vae() -> comfy.sd.VAE:
     vae = comfy.taesd.taesd.TAESD()
     fill(vae, 3)
     return comfy.sd.VAE(sd=vae.state_dict())
+
+
+VISION = {
+    "model_type": "clip_vision_model", "hidden_act": "gelu", "hidden_size": 32, "image_size": 56, "patch_size": 14,
+    "intermediate_size": 64, "num_attention_heads": 16, "num_channels": 3, "num_hidden_layers": 4, "projection_dim": 24,
+}
+
+
+def make_clip_vision(seed=5, **changes) -> comfy.clip_vision.ClipVisionModel:
+    clip_vision = comfy.clip_vision.ClipVisionModel(VISION | changes)
+    fill(clip_vision.model, seed, 0.3)
+    return clip_vision
+
+
+@pytest.fixture(scope="session")
+def clip_vision():
+    with torch.inference_mode():
+        return make_clip_vision()
 
 
 @pytest.fixture(scope="session")
