@@ -4,8 +4,9 @@ Pure torch. The paper's encoder hears the CLS token of every second CLIP layer; 
 small convolutional stem of its own takes its place, with one vector for each of its levels.
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -52,6 +53,7 @@ class Vision(Protocol):
     """A CLIP vision, as `host.clip_vision` has it."""
 
     fingerprint: str
+    side: int
 
     def layers(self, pictures: Tensor) -> Tensor: ...
 
@@ -61,7 +63,6 @@ class Vision(Protocol):
 class Encoder(nn.Module):
     """Starts by predicting the class word itself: its last layers are zero."""
 
-    kind = "concepts"
     tuning_rate = 0.05  # of that of weight offsets, when the whole model is tuned
 
     def __init__(self, shape: Shape) -> None:
@@ -78,6 +79,19 @@ class Encoder(nn.Module):
         for layer in (*self.words.values(), self.values):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    @property
+    def needs_vision(self) -> bool:
+        """Whether it sees through CLIP vision."""
+        return self.stem is None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What its file holds."""
+        return self.state_dict()
+
+    def header(self) -> dict[str, str]:
+        """What the header of its file says."""
+        return {"e4t.shape": json.dumps(asdict(self.shape), separators=(",", ":"))}
 
     def heard_parameters(self) -> list[nn.Parameter]:
         """What turns a picture into the image part, where a stem of its own has to learn to see."""

@@ -23,6 +23,7 @@ from ..textual_inversion.templates import OBJECT, PLACES, fill
 from ..textual_inversion.word import spread
 from ..training.dataset import weighted_mean
 from .encoder import Encoder, Predicted
+from .imported import ImportedEncoder
 from .offsets import Offset, offset_weight, penalty
 from .samples import Pair
 
@@ -50,8 +51,8 @@ class Predictor:
     Words start from the rows of `word`, the values of each layer from what the layer makes of the word.
     """
 
-    def __init__(self, unet: ModelPatcher, clip: CLIP, word: str, encoder: Encoder, offsets: Mapping[str, Offset],
-                 scale: float, precision: Tensor) -> None:
+    def __init__(self, unet: ModelPatcher, clip: CLIP, word: str, encoder: Encoder | ImportedEncoder,
+                 offsets: Mapping[str, Offset], scale: float, precision: Tensor) -> None:
         self.model, self.device = unet.model, unet.load_device
         self.encoder, self.offsets, self.scale, self.word = encoder, offsets, scale, word
         self.precision = precision.to(self.device)

@@ -119,7 +119,7 @@ class Learner:
         self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
 
     def _go_on_from(self, start: Domain, vision: str) -> None:
-        if (start.encoder.kind, start.encoder.shape) != (self.encoder.kind, self.encoder.shape):
+        if start.encoder.shape != self.encoder.shape:
             raise ValueError(f"The domain {start.word!r} has an encoder of another shape: go on from one of this base "
                              "and these levels, or from nothing.")
         if start.vision != vision:

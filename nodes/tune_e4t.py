@@ -10,7 +10,7 @@ from ..e4t.tune import TunedEdit, tuning_recipe
 from ..e4t.tune_whole import TunedWhole, whole_recipe
 from ..e4t.vision import vision_for
 from ..host.bases import base_name
-from ..host.text import fingerprint_of
+from ..host.text import fingerprint_of, widths
 from ..perfusion.covariance import encoder_fingerprint, precision
 from ..textual_inversion.train import learn_word
 from .sockets import Domain
@@ -81,12 +81,19 @@ class ConceptsTuneE4T(io.ComfyNode):
 
 
 def checked(domain: DomainValue, model, clip) -> DomainValue:
-    """The domain, if it was learned for such models. Raises ValueError for a domain of another base."""
+    """The domain, if it was learned for such models. Raises ValueError for one of another base or text encoder."""
     base = base_name(model)
     if domain.base != base:
         raise ValueError(f"The domain {domain.word!r} was pretrained on {domain.base} and this checkpoint is {base}; "
                          "load a domain for it, or a checkpoint of that base.")
+    if domain.encoder.shape.words != widths(clip):
+        raise ValueError(f"The domain {domain.word!r} gives words of {_sizes(domain.encoder.shape.words)} numbers, and "
+                         f"this CLIP has words of {_sizes(widths(clip))}; load a checkpoint of {domain.base}.")
     if domain.text and domain.text != fingerprint_of(clip):
         log.warning("The domain %r was pretrained with another text encoder than this one; more steps may be needed.",
                     domain.word)
     return domain
+
+
+def _sizes(words) -> str:
+    return " and ".join(f"{size} ({name})" for name, size in words.items())

@@ -34,6 +34,10 @@ TEXT = {
 HEADS = {"num_heads": 4, "num_head_channels": -1}  # over the families' own, which are for full size
 WIDTH_G = 48
 TEXT_G = TEXT | {"hidden_size": WIDTH_G, "projection_dim": WIDTH_G, "num_hidden_layers": 3}
+SD15_BLOCKS = {  # as many as SD1.x has
+    "num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "transformer_depth": [1] * 6 + [0, 0],
+    "transformer_depth_output": [1] * 9 + [0] * 3,
+}
 OWN_UNET = {  # SDXL hears of both encoders, of the pooled vector and of six picture sizes
     "SD20": {"use_linear_in_transformer": True},
     "SDXL": {"use_linear_in_transformer": True, "context_dim": WIDTH + WIDTH_G, "adm_in_channels": WIDTH_G + 6 * 256,
@@ -55,9 +59,9 @@ def make_text_matter(unet: torch.nn.Module) -> None:
 
 
 def make_model(
-    model_type=comfy.model_base.ModelType.EPS, family="SD15", disable_dynamic=True
+    model_type=comfy.model_base.ModelType.EPS, family="SD15", changes=None, disable_dynamic=True
 ) -> comfy.model_patcher.ModelPatcher:
-    config = getattr(comfy.supported_models, family)(UNET | OWN_UNET.get(family, {}))
+    config = getattr(comfy.supported_models, family)(UNET | OWN_UNET.get(family, {}) | (changes or {}))
     config.unet_config |= HEADS
     config.set_inference_dtype(torch.float32, None)
     kind = comfy.model_base.SDXL if family == "SDXL" else comfy.model_base.BaseModel
@@ -65,7 +69,7 @@ def make_model(
     fill(model, 1)
     make_text_matter(model)
     patcher = comfy.model_patcher.ModelPatcher(model, CPU, CPU)
-    patcher.cached_patcher_init = (make_model, (model_type, family))
+    patcher.cached_patcher_init = (make_model, (model_type, family, changes))
     return patcher
 
 
@@ -182,6 +186,15 @@ def clip(embeddings):
 def vae():
     with torch.inference_mode():
         return make_vae()
+
+
+@pytest.fixture(scope="session")
+def calm_vae():
+    """One whose latents half precision can hold."""
+    vae = comfy.taesd.taesd.TAESD()
+    fill(vae, 3, 0.02)
+    with torch.inference_mode():
+        return comfy.sd.VAE(sd=vae.state_dict())
 
 
 @pytest.fixture
