@@ -1,9 +1,12 @@
 """What the host's CLIP vision makes of pictures, and a CLIP vision out of weights under open_clip's names."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from math import isqrt
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import comfy.clip_vision
 import torch
@@ -79,10 +82,18 @@ def from_open_clip(tensors: Mapping[str, Tensor]) -> ClipVisionModel:
             "intermediate_size": len(tensors["transformer.resblocks.0.mlp.c_fc.bias"]),
         }
         with torch.inference_mode(False):
-            clip_vision = ClipVisionModel(config)
+            clip_vision = _of_config(config)
             missing, _ = clip_vision.load_sd(comfy.clip_vision.convert_to_transformers(dict(tensors), ""))
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"The CLIP vision in this file is damaged: {' '.join(str(error).split())[:200]}.") from error
     if missing:
         raise ValueError(f"The CLIP vision in this file is damaged: it lacks {missing[0]!r}.")
     return clip_vision
+
+
+def _of_config(config: Mapping[str, int | str]) -> ClipVisionModel:
+    """By way of a file, which is all that older hosts take."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(config), encoding="utf-8")
+        return ClipVisionModel(str(path))

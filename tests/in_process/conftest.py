@@ -1,5 +1,9 @@
 """ComfyUI's own classes at toy size with random weights: an SD1.x UNet, a CLIP with the real tokenizer, a TAESD VAE."""
 
+import json
+import tempfile
+from pathlib import Path
+
 import comfy.clip_vision
 import comfy.model_base
 import comfy.model_patcher
@@ -141,7 +145,10 @@ VISION = {
 
 
 def make_clip_vision(seed=5, **changes) -> comfy.clip_vision.ClipVisionModel:
-    clip_vision = comfy.clip_vision.ClipVisionModel(VISION | changes)
+    with tempfile.TemporaryDirectory() as folder:  # all that older hosts take
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(VISION | changes))
+        clip_vision = comfy.clip_vision.ClipVisionModel(str(path))
     fill(clip_vision.model, seed, 0.3)
     return clip_vision
 

@@ -111,6 +111,7 @@ def test_other_vision_models_are_one_sentence():
 @pytest.mark.parametrize(("name", "value", "said"), [
     ("conv1.weight", None, "damaged: 'conv1.weight'"), ("ln_post.weight", None, "it lacks .*post_layernorm.weight"),
     ("class_embedding", torch.ones(3), "size mismatch"), ("conv1.weight", torch.ones(3), "not enough values"),
+    ("positional_embedding", torch.ones(()), "0-d tensor"), ("positional_embedding", torch.ones(3, 2), "size mismatch"),
     ("transformer.resblocks.1.mlp.c_fc.weight", torch.ones(3, 3), "size mismatch"),
 ])
 def test_weights_that_are_of_no_vision(name, value, said):
