@@ -42,8 +42,8 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """Offsets: of the class word's rows (b d), by text encoder and in units of these; and of W_V i* (b d_l), by layer
-    and in units of the super-category's values."""
+    """Offsets: of the class word's rows (b d), by text encoder and in the encoder's unit; and of W_V i* (b d_l), by
+    layer and in root mean squares of the super-category's values, for the layers that it speaks of."""
 
     words: Mapping[str, Tensor]
     values: Mapping[str, Tensor]

@@ -37,10 +37,10 @@ def folders(tmp_path, monkeypatch):
     return tmp_path
 
 
-def learn(model, clip, folder, vision, start=None, **changes):
+def learn(model, clip, folder, vision, start=None, watch=lambda step, loss: None, **changes):
     samples = Samples(TOKENS, PLAIN.latents, PLAIN.weights, vision=vision)
     return pretrain(model, clip, samples, replace(ranks.RECIPE, **changes), Keeping(folder), torch.eye(WIDTH),
-                    start=start)
+                    watch=watch, start=start)
 
 
 @pytest.fixture
@@ -97,7 +97,10 @@ def test_pretraining_learns_to_hear_it(model, clip, tmp_path):
 
 
 def test_it_goes_on_only_with_the_same_one(model, clip, tmp_path):
-    first = learn(model, clip, tmp_path, "one")
+    first, steps = learn(model, clip, tmp_path, "one"), []
+    for vision in ("one", "two"):
+        learn(model, clip, tmp_path, vision, watch=lambda step, loss: steps.append(step), steps=7)
+    assert steps == [6, 7, 1, 2, 3, 4, 5, 6, 7]  # from the state of the first, and anew
     assert learn(model, clip, tmp_path, "one", first, steps=1).vision == "one"
     with pytest.raises(ValueError, match=r"hears another CLIP vision \(one\) than this one \(two\)"):
         learn(model, clip, tmp_path, "two", first, steps=1)
