@@ -1,13 +1,14 @@
 """The domain file, models/e4t/*.safetensors: an encoder and weight offsets as fp16 tensors with string metadata.
 
 Tensors are `encoder.` and the name of a parameter, and `left.` or `right.` and a layer for the factors of its offset.
+An imported encoder keeps the names of its release.
 """
 
 import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
@@ -17,7 +18,9 @@ from torch import Tensor
 from ..textual_inversion.file import parsed, require_format, single_precision, with_metadata, write_named
 from ..training.disk import read_whole
 from .encoder import Encoder, Shape
+from .imported import IMPORTED, ImportedEncoder
 from .offsets import Offset
+from .release import read_encoder
 
 FORMAT = 1
 ENDING = ".safetensors"
@@ -32,37 +35,39 @@ VALUE = re.compile(r"\w+(\.\w+)*", re.ASCII)
 class Domain:
     """What pretraining learned of a class of things.
 
-    `word` is the class word that predicted words start from, `scale` the size of an offset of 1 in root mean squares of
-    its numbers. `base` is the family of checkpoints; `model` and `text` are fingerprints of the UNet and of the text
-    encoder that it was learned on.
+    `word` is the class word that predicted words start from, `scale` the size of an offset of 1 in the encoder's unit.
+    `base` is the family of checkpoints; `model` and `text` are fingerprints of the UNet and of the text encoder that it
+    was learned on, `vision` that of the CLIP vision that its encoder sees with, empty where it has a stem.
     """
 
     word: str
     base: str
-    encoder: Encoder
+    encoder: Encoder | ImportedEncoder
     offsets: Mapping[str, Offset]
     scale: float = 1.0
     model: str = ""
     text: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    vision: str = ""
 
 
 def to_bytes(domain: Domain) -> bytes:
     """The file of a domain; equal domains give equal bytes. Raises ValueError for numbers that fp16 cannot hold."""
-    tensors = {f"encoder.{name}": tensor for name, tensor in domain.encoder.state_dict().items()}
+    tensors = {f"encoder.{name}": tensor for name, tensor in domain.encoder.tensors().items()}
     for layer, offset in domain.offsets.items():
         tensors |= {f"left.{layer}": offset.left, f"right.{layer}": offset.right}
     data = with_metadata(
         safetensors.torch.save({name: t.detach().cpu().half().contiguous() for name, t in tensors.items()}),
         {
             **domain.metadata,
+            **domain.encoder.header(),
             "concepts.format": str(FORMAT),
             "concepts.method": "e4t",
             "concepts.class_word": domain.word,
             "concepts.encoder": domain.text,
             "e4t.model": domain.model,
             "e4t.scale": repr(domain.scale),
-            "e4t.shape": json.dumps(asdict(domain.encoder.shape), separators=(",", ":")),
+            "e4t.vision": domain.vision,
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": f"{domain.base}/e4t",
             "modelspec.base_model": domain.base,
@@ -89,12 +94,18 @@ def from_bytes(data: bytes, name: str) -> Domain:
     """
     metadata, tensors = parsed(data, name)
     _check_header(name, metadata)
-    tensors = {key: single_precision(name, key, tensor) for key, tensor in tensors.items()}
-    shape = _shape(name, metadata)
-    encoder = _encoder(name, shape, {key: t for key, t in tensors.items() if key.startswith("encoder.")})
-    offsets = _offsets(name, {key: t for key, t in tensors.items() if not key.startswith("encoder.")})
+    read = READERS.get(metadata.get("e4t.kind", ""))
+    if read is None:
+        raise ValueError(f"{name} holds an encoder of the kind {metadata['e4t.kind'][:40]!r}, which this version of "
+                         "the pack does not know; update ComfyUI-Concepts.")
+    encoder = read(name, metadata, {key: t for key, t in tensors.items() if key.startswith("encoder.")})
+    if encoder.needs_vision != bool(metadata.get("e4t.vision")):
+        raise ValueError(f"{name} is damaged: an encoder has either a stem of its own or a CLIP vision, e4t.vision.")
+    offsets = _offsets(name, {key: single_precision(name, key, t) for key, t in tensors.items()
+                              if not key.startswith("encoder.")})
     return Domain(metadata.get("concepts.class_word", ""), metadata.get("modelspec.base_model", ""), encoder, offsets,
-                  _scale(name, metadata), metadata.get("e4t.model", ""), metadata.get("concepts.encoder", ""), metadata)
+                  _scale(name, metadata), metadata.get("e4t.model", ""), metadata.get("concepts.encoder", ""), metadata,
+                  metadata.get("e4t.vision", ""))
 
 
 def _check_header(name: str, metadata: Mapping[str, str]) -> None:
@@ -125,7 +136,9 @@ def _all_sizes(parts: tuple[Mapping[str, int], ...]) -> list[int]:
     return [size for part in parts for size in part.values()]
 
 
-def _encoder(name: str, shape: Shape, tensors: dict[str, Tensor]) -> Encoder:
+def _encoder(name: str, metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Encoder:
+    shape = _shape(name, metadata)
+    tensors = {key: single_precision(name, key, tensor) for key, tensor in tensors.items()}
     with torch.device("meta"):
         encoder = Encoder(shape)
     wanted = {f"encoder.{key}": tuple(tensor.shape) for key, tensor in encoder.state_dict().items()}
@@ -138,6 +151,16 @@ def _encoder(name: str, shape: Shape, tensors: dict[str, Tensor]) -> Encoder:
             raise ValueError(f"{name} is damaged: {key!r} has the shape {found[key]}, not {size}.")
     encoder.load_state_dict({key.removeprefix("encoder."): tensor for key, tensor in tensors.items()}, assign=True)
     return encoder.requires_grad_(False).eval()
+
+
+def _imported(name: str, metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> ImportedEncoder:
+    encoder = ImportedEncoder(read_encoder(name, {key.removeprefix("encoder."): t for key, t in tensors.items()}))
+    for key in sorted(tensors.keys() - {f"encoder.{own}" for own in encoder.tensors()}):
+        raise ValueError(f"{name} is damaged: it also holds a tensor {key[:80]!r}.")
+    return encoder.requires_grad_(False).eval()
+
+
+READERS = {"": _encoder, IMPORTED: _imported}
 
 
 def _offsets(name: str, tensors: dict[str, Tensor]) -> dict[str, Offset]:

@@ -4,14 +4,18 @@ Pure torch. The paper's encoder hears the CLS token of every second CLIP layer; 
 small convolutional stem of its own takes its place, with one vector for each of its levels.
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, leaky_relu
+
+from ..textual_inversion.word import row_size
 
 SLOPE = 0.01
 
@@ -38,15 +42,28 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """Offsets: of the class word's rows (b d), by text encoder and in units of these; and of W_V i* (b d_l), by layer
-    and in units of the super-category's values."""
+    """Offsets: of the class word's rows (b d), by text encoder and in the encoder's unit; and of W_V i* (b d_l), by
+    layer and in root mean squares of the super-category's values, for the layers that it speaks of."""
 
     words: Mapping[str, Tensor]
     values: Mapping[str, Tensor]
 
 
+class Vision(Protocol):
+    """A CLIP vision, as `host.clip_vision` has it."""
+
+    fingerprint: str
+    side: int
+
+    def layers(self, pictures: Tensor) -> Tensor: ...
+
+    def patches(self, pictures: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
 class Encoder(nn.Module):
     """Starts by predicting the class word itself: its last layers are zero."""
+
+    tuning_rate = 0.05  # of that of weight offsets, when the whole model is tuned
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -63,19 +80,38 @@ class Encoder(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    @property
+    def needs_vision(self) -> bool:
+        """Whether it sees through CLIP vision."""
+        return self.stem is None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What its file holds."""
+        return self.state_dict()
+
+    def header(self) -> dict[str, str]:
+        """What the header of its file says."""
+        return {"e4t.shape": json.dumps(asdict(self.shape), separators=(",", ":"))}
+
     def heard_parameters(self) -> list[nn.Parameter]:
         """What turns a picture into the image part, where a stem of its own has to learn to see."""
         return [*self.stem.parameters(), *self.levels.parameters()] if self.stem else []
 
-    def image_part(self, pictures: Tensor) -> Tensor:
-        """What a picture adds whatever the timestep (b width): the mean over levels of each one's linear layer.
+    def seen(self, pictures: Tensor, vision: Vision | None) -> Tensor:
+        """What `image_part` takes of pictures (b h w 3) in 0..1: themselves at the stem's size (b side side 3), or
+        without a stem CLIP vision's CLS tokens (b l d)."""
+        return vision.layers(pictures) if self.stem is None else to_shown(pictures, self.shape.side)
 
-        `pictures` (b h w 3) in 0..1, or without a stem CLIP vision's CLS tokens (b l d).
-        """
+    def unit(self, rows: Tensor) -> float:
+        """What a predicted 1 means beside the class word's rows (t d): the root mean square of their numbers."""
+        return row_size(rows)
+
+    def image_part(self, seen: Tensor) -> Tensor:
+        """What a picture adds whatever the timestep (b width): the mean over levels of each one's linear layer."""
         if self.stem is None:
-            heard = pictures.float().unbind(1)
+            heard = seen.float().unbind(1)
         else:
-            heard = self.stem(rearrange(pictures, "b h w c -> b c h w").float(), self.shape.side)
+            heard = self.stem(rearrange(seen, "b h w c -> b c h w").float(), self.shape.side)
         return torch.stack([layer(level) for layer, level in zip(self.levels, heard, strict=True)]).mean(0)
 
     def forward(self, image_part: Tensor, unet_features: Tensor) -> Predicted:
@@ -85,6 +121,14 @@ class Encoder(nn.Module):
         values = self.values(self.code(common)).split(list(self.shape.values.values()), 1)
         return Predicted({name: layer(common) for name, layer in self.words.items()},
                          dict(zip(self.shape.values, values, strict=True)))
+
+
+def to_shown(pictures: Tensor, side: int) -> Tensor:
+    """Pictures (b h w 3) in 0..1 at the size of a stem."""
+    if pictures.shape[1:3] == (side, side):
+        return pictures
+    resized = interpolate(rearrange(pictures, "b h w c -> b c h w"), (side, side), mode="bilinear", antialias=True)
+    return rearrange(resized, "b c h w -> b h w c")
 
 
 class Stem(nn.Module):

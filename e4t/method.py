@@ -20,9 +20,10 @@ from ..perfusion.concept import Edit
 from ..perfusion.edit import TRAINING_BIAS, TRAINING_TEMPERATURE
 from ..textual_inversion.concept import Word
 from ..textual_inversion.templates import OBJECT, PLACES, fill
-from ..textual_inversion.word import row_size, spread
+from ..textual_inversion.word import spread
 from ..training.dataset import weighted_mean
 from .encoder import Encoder, Predicted
+from .imported import ImportedEncoder
 from .offsets import Offset, offset_weight, penalty
 from .samples import Pair
 
@@ -50,13 +51,13 @@ class Predictor:
     Words start from the rows of `word`, the values of each layer from what the layer makes of the word.
     """
 
-    def __init__(self, unet: ModelPatcher, clip: CLIP, word: str, encoder: Encoder, offsets: Mapping[str, Offset],
-                 scale: float, precision: Tensor) -> None:
+    def __init__(self, unet: ModelPatcher, clip: CLIP, word: str, encoder: Encoder | ImportedEncoder,
+                 offsets: Mapping[str, Offset], scale: float, precision: Tensor) -> None:
         self.model, self.device = unet.model, unet.load_device
         self.encoder, self.offsets, self.scale, self.word = encoder, offsets, scale, word
         self.precision = precision.to(self.device)
         self.rows = {name: spread(found, 1).to(self.device) for name, found in rows(clip, word).items()}
-        self.sizes = {name: row_size(found) for name, found in self.rows.items()}
+        self.units = {name: encoder.unit(found) for name, found in self.rows.items()}
         self.clip = with_words(clip, [Word(PLACEHOLDER, word, self.rows)])
         self.places = {sentence: word_places(self.clip, fill(sentence, PLACEHOLDER), 1)[0] for sentence in SENTENCES}
         with torch.no_grad():
@@ -69,20 +70,20 @@ class Predictor:
         self.installed = ExitStack()
         self._install()
 
-    def predict(self, pictures: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Predicted:
-        """For pictures as the encoder sees them and their noised latents, as `Pair` has them."""
+    def predict(self, seen: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Predicted:
+        """For pictures as the encoder sees them, one for all or for each, and their noised latents, as in `Pair`."""
         features = unet_features(self.model, latents, noise, timesteps, *self.empty)
-        return self.encoder(self.encoder.image_part(pictures), features)
+        return self.encoder(self.encoder.image_part(seen), features)
 
     def words(self, predicted: Predicted) -> dict[str, Tensor]:
-        """v* = v_class + s E (b 1 d), by text encoder; E is in root mean squares of the class word's numbers."""
-        return {name: self.rows[name] + self.scale * self.sizes[name] * offset.float()[:, None]
+        """v* = v_class + s E (b 1 d), by text encoder; E is in the encoder's unit."""
+        return {name: self.rows[name] + self.scale * self.units[name] * offset.float()[:, None]
                 for name, offset in predicted.words.items()}
 
     def added(self, predicted: Predicted) -> dict[str, Tensor]:
         """o*_V - W_V i* (b d_l) by layer; predictions are in root mean squares of the super-category's values."""
-        return {name: value.square().mean().sqrt() * predicted.values[name].float()
-                for name, value in self.through(self.super_input[None]).items()}
+        own = self.through(self.super_input[None])
+        return {name: own[name].square().mean().sqrt() * value.float() for name, value in predicted.values.items()}
 
     @torch.no_grad()
     def through(self, encodings: Tensor) -> dict[str, Tensor]:

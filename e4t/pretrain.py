@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ..host.bases import base_name, check_pair
-from ..host.checkpoints import load_checkpoint
+from ..host.checkpoints import load_checkpoint, load_clip_vision
+from ..host.clip_vision import Vision
 from ..host.copies import fingerprint, private_copies
 from ..host.cross_attention import sizes
 from ..host.folders import domains_folder, states_folder
@@ -92,14 +93,16 @@ class Keeping:
 class Learner:
     """Encoder and offsets as they are trained, and their moving average, which is what is kept."""
 
-    def __init__(self, unet: ModelPatcher, clip: CLIP, recipe: Recipe, metric: Tensor, start: Domain | None) -> None:
+    def __init__(self, unet: ModelPatcher, clip: CLIP, recipe: Recipe, metric: Tensor, samples: Samples,
+                 start: Domain | None) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.device = recipe, unet.load_device
-        self.encoder = Encoder(shape_of(unet, clip, recipe)).to(self.device)
+        heard = (samples.pictures.shape[3],) * samples.pictures.shape[2] if samples.vision else ()
+        self.encoder = Encoder(shape_of(unet, clip, recipe, heard)).to(self.device)
         fresh = new_offsets(matrix_shapes(unet), recipe.seed) if recipe.offsets else {}
         if start:
             fresh = {name: start.offsets.get(name, offset) for name, offset in fresh.items()}
-            self._go_on_from(start)
+            self._go_on_from(start, samples.vision)
         self.offsets = {name: Offset(*(f.to(self.device).requires_grad_() for f in (offset.left, offset.right)))
                         for name, offset in fresh.items()}
         self.predictor = Predictor(unet, clip, recipe.word, self.encoder, self.offsets, recipe.scale, metric)
@@ -115,10 +118,13 @@ class Learner:
             self.peaks, strict=True)]
         self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
 
-    def _go_on_from(self, start: Domain) -> None:
+    def _go_on_from(self, start: Domain, vision: str) -> None:
         if start.encoder.shape != self.encoder.shape:
             raise ValueError(f"The domain {start.word!r} has an encoder of another shape: go on from one of this base "
                              "and these levels, or from nothing.")
+        if start.vision != vision:
+            raise ValueError(f"The domain {start.word!r} hears another CLIP vision ({start.vision}) than this one "
+                             f"({vision}): go on with the same, or from nothing.")
         self.encoder.load_state_dict(start.encoder.state_dict())
 
     def recognise(self, samples: Samples, workers: Workers) -> None:
@@ -168,14 +174,14 @@ def is_edited(step: int, share: float) -> bool:
     return int((step + 1) * share) > int(step * share)
 
 
-def shape_of(unet: ModelPatcher, clip: CLIP, recipe: Recipe) -> Shape:
-    """The shape of a new encoder for these models."""
+def shape_of(unet: ModelPatcher, clip: CLIP, recipe: Recipe, heard: tuple[int, ...] = ()) -> Shape:
+    """The shape of a new encoder for these models, with a stem of its own unless it hears vectors of CLIP vision."""
     channels = unet.model.latent_format.latent_channels
     nothing = torch.zeros(1, channels, 64, 64, device=unet.load_device)
     level = torch.zeros(1, dtype=torch.long, device=unet.load_device)
     features = unet_features(unet.model, nothing, nothing, level, *encode(clip, ""))
-    return Shape(recipe.levels, features.shape[1], widths(clip),
-                 {name: given for name, (_, given) in sizes(unet).items()}, side=recipe.side)
+    return Shape(heard or recipe.levels, features.shape[1], widths(clip),
+                 {name: given for name, (_, given) in sizes(unet).items()}, stem=not heard, side=recipe.side)
 
 
 def pretrain(
@@ -201,7 +207,7 @@ def pretrain(
     text = fingerprint_of(clip)
     with private_copies(model, clip, recompute) as (unet, encoder):
         weights = fingerprint(unet, encoder.patcher)
-        learner = Learner(unet, encoder, recipe, metric, start)
+        learner = Learner(unet, encoder, recipe, metric, samples, start)
         states = States(keeping.folder, _run(recipe, samples, weights, start), 1)
         losses = states.restore(learner.optimiser)
         held = min(32, len(samples.latents) // 10)
@@ -214,7 +220,8 @@ def pretrain(
             if start:
                 record["start"] = json.loads(start.metadata.get("concepts.training", "{}"))
             return Domain(recipe.word, base, *learner.averaged(), recipe.scale, weights, text,
-                          {"concepts.training": json.dumps(record, sort_keys=True, separators=(",", ":"))})
+                          {"concepts.training": json.dumps(record, sort_keys=True, separators=(",", ":"))},
+                          samples.vision)
 
         try:
             if not losses and not start:
@@ -300,6 +307,7 @@ def _run(recipe: Recipe, samples: Samples, weights: str, start: Domain | None) -
     settings = {name: value for name, value in asdict(recipe).items() if name not in ("steps", "minutes")}
     digest = hashlib.sha256(f"{weights} {json.dumps(settings, sort_keys=True)} {tuple(samples.latents.shape)}".encode())
     digest.update(to_bytes(start) if start else b"")
+    digest.update(samples.vision.encode())
     digest.update(samples.latents[:, 0, :, ::4, ::4].contiguous().numpy().tobytes())
     return f"e4t-{recipe.word}-{digest.hexdigest()[:16]}"
 
@@ -311,6 +319,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, required=True, help="the checkpoint to learn for")
     parser.add_argument("--word", required=True, help="the class word, such as cat")
     parser.add_argument("--name", default="", help="what the domain file is called; the word by default")
+    parser.add_argument("--clip-vision", type=Path, help="a CLIP vision to see with, not a new stem")
     parser.add_argument("--start", type=Path, help="a domain file to begin with")
     parser.add_argument("--output", type=Path, help="where it is saved; models/e4t by default")
     parser.add_argument("--work", type=Path, help="where encoded pictures and states are kept")
@@ -334,11 +343,12 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
         raise ValueError(f"{args.checkpoint.name} has no VAE, which the pictures are encoded with.")
     workers = Workers()
     work = args.work or states_folder()
+    vision = Vision(load_clip_vision(args.clip_vision)) if args.clip_vision else None
     recipe = Recipe(args.word, offsets=not args.no_offsets, **{name: getattr(args, name) for name in NUMBERS})
 
     def read() -> Samples:
         return read_samples(args.folder, args.views, args.resolution, recipe.side, args.mirror, args.mask_floor,
-                            recipe.seed, lambda p: model.model.process_latent_in(vae_encode(vae, p)), work)
+                            recipe.seed, lambda p: model.model.process_latent_in(vae_encode(vae, p)), work, vision)
 
     samples = read() if workers.first else None
     workers.wait()

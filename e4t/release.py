@@ -41,6 +41,17 @@ def _matrices() -> dict[str, str]:
 MATRICES = _matrices()
 
 
+@dataclass(frozen=True, eq=False)
+class ImageLinears:
+    """The matrices that a picture goes through, in the file's own precision; copies of an encoder share them."""
+
+    feature: Pair
+    firsts: list[Pair]
+
+    def __deepcopy__(self, memo: dict) -> "ImageLinears":
+        return self
+
+
 class ReleasedEncoder(nn.Module):
     """The published encoder E(picture, UNet features) with everything that is linear in front of LeakyReLU collapsed.
 
@@ -57,13 +68,15 @@ class ReleasedEncoder(nn.Module):
         self.unet_feature_embedder = nn.Sequential(_layer(*embedder[0]), nn.LeakyReLU(), _layer(*embedder[1]))
         self.unet_linear = _layer(_mean(firsts) @ feature[0][:, width:].double())
         self.final_linear = _layer(*final)
-        self._shared = feature[0][:, :width], feature[1]
-        self._firsts = firsts
+        self.image_linears = ImageLinears(feature, firsts)
 
-    @property
-    def image_linears(self) -> tuple[Pair, list[Pair]]:
-        """(B_h, b), and (A_k, a_k) for each image vector, in the file's own precision."""
-        return self._shared, self._firsts
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights under the release's names, as `read_encoder` takes them."""
+        pairs = {"feature_linear": self.image_linears.feature,
+                 **{f"first_linears.{k}": first for k, first in enumerate(self.image_linears.firsts)}}
+        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("unet_linear")}
+        return own | {f"{name}.{part}": tensor for name, pair in pairs.items()
+                      for part, tensor in zip(("weight", "bias"), pair, strict=True)}
 
     def image_part(self, pooled: Tensor, tokens: Tensor) -> Tensor:
         """What a picture adds at every timestep: pooled (b d), tokens (b p d) -> (b d).
@@ -72,16 +85,18 @@ class ReleasedEncoder(nn.Module):
         before ln_post, in reading order; every second of them counts, as in the published code. d is 1280 and p 256
         for ViT-H/14. Raises ValueError for features of another CLIP vision.
         """
-        width, patches = len(self._shared[0]), 2 * (len(self._firsts) - 1)
+        (weight, bias), firsts = self.image_linears.feature, self.image_linears.firsts
+        width, patches = len(weight), 2 * (len(firsts) - 1)
         if pooled.shape[1:] != (width,) or tokens.shape != (len(pooled), patches, width):
             raise ValueError(f"This encoder hears a picture as one vector and {patches} patches of {width} numbers, "
                              f"not as {tuple(pooled.shape[1:])} and {tuple(tokens.shape[1:])}: use the CLIP vision "
                              "that it was trained with, ViT-H/14 for the released one.")
-        heard = linear(torch.cat([pooled[:, None], tokens[:, 1::2]], 1).float(), *_on(pooled.device, self._shared))
+        heard = linear(torch.cat([pooled[:, None], tokens[:, 1::2]], 1).float(),
+                       *_on(pooled.device, (weight[:, :width], bias)))
         total = torch.zeros_like(heard[:, 0])
-        for vector, first in zip(heard.unbind(1), self._firsts, strict=True):
+        for vector, first in zip(heard.unbind(1), firsts, strict=True):
             total += linear(vector, *_on(pooled.device, first))
-        return total / len(self._firsts)
+        return total / len(firsts)
 
     def forward(self, image_part: Tensor, unet_features: Tensor) -> Tensor:
         """The change of the domain word's vector before it is scaled by s: (b d), (b u) -> (b e).
@@ -116,7 +131,7 @@ class Release:
 @dataclass(frozen=True)
 class _Weights:
     file: str
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
 
     def take(self, name: str, *shape: int | None) -> Tensor:
         """A tensor of this shape, None being any size. Raises ValueError that names the file."""
@@ -142,6 +157,12 @@ class _Weights:
         """Weight (out in) and bias (out) of a linear layer."""
         weight = self.finite(f"{name}.weight", out, into)
         return weight, self.finite(f"{name}.bias", len(weight))
+
+
+def read_encoder(name: str, tensors: Mapping[str, Tensor]) -> ReleasedEncoder:
+    """The encoder of weights under the release's names. Raises ValueError that calls their file `name`."""
+    with torch.inference_mode(False), torch.no_grad():
+        return _encoder(_Weights(name, tensors))
 
 
 def read_release(folder: Path) -> Release:

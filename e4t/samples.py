@@ -3,44 +3,47 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from safetensors.torch import save
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch.nn.functional import adaptive_avg_pool2d
 
 from ..training.dataset import Photo, squares
 from ..training.disk import read_safetensors, write_whole
 from ..training.draws import Batch, draw, seeded
 from ..training.folder import fingerprint, pictures_in, read_photo
+from .encoder import Vision, to_shown
 
 log = logging.getLogger("concepts")
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """n subjects in v views: `pictures` (n v h w 3) uint8 as the encoder sees them, `latents` (n v c h w) fp16 as the
-    UNet does, and the `weights` (n v 1 h w) fp16 of each place in the loss; how many pictures could not be read."""
+    """n subjects in v views: `pictures` as the encoder sees them, which is (n v h w 3) uint8 or CLIP vision's CLS
+    tokens (n v l d) fp16, `latents` (n v c h w) fp16 as the UNet does, and the `weights` (n v 1 h w) fp16 of each place
+    in the loss; how many pictures could not be read, and the fingerprint of the CLIP vision, if there is one."""
 
     pictures: Tensor
     latents: Tensor
     weights: Tensor
     unreadable: int = 0
+    vision: str = ""
 
     def part(self, first: int, last: int) -> "Samples":
         """The subjects from `first` up to `last`."""
-        return Samples(self.pictures[first:last], self.latents[first:last], self.weights[first:last])
+        return replace(self, pictures=self.pictures[first:last], latents=self.latents[first:last],
+                       weights=self.weights[first:last])
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
     """One step's material: a batch to denoise, its loss weights (b 1 h w), and what the encoder hears of each subject:
-    another view, as a picture (b h w 3) in 0..1 and as a noised latent. `lots` are random numbers, one for each sample,
-    for its sentence."""
+    another view, as a picture (b h w 3) in 0..1 or CLIP vision's CLS tokens (b l d), and as a noised latent. `lots` are
+    random numbers, one for each sample, for its sentence."""
 
     batch: Batch
     lots: tuple[int, ...]
@@ -67,8 +70,9 @@ def draw_pair(samples: Samples, levels: int, size: int, seed: int, step: int, ro
     own = Batch(batch.latents[rows].float(), batch.noise[rows], later(batch.timesteps[rows], levels, times),
                 photos[rows], batch.views[rows], batch.lot)
     lots = tuple(range(batch.lot, batch.lot + size)[rows])
+    pictures = samples.pictures[photos, shown][rows]
     return Pair(own, lots, samples.weights[photos, batch.views][rows].float(),
-                samples.pictures[photos, shown][rows].float() / 255,
+                pictures.float() if samples.vision else pictures.float() / 255,
                 samples.latents[photos, shown][rows].float(), noise[rows], timesteps[rows])
 
 
@@ -78,26 +82,34 @@ def later(timesteps: Tensor, levels: int, times: float) -> Tensor:
 
 
 def read_samples(folder: Path, views: int, side: int, shown_side: int, mirror: bool, floor: float, seed: int,
-                 encode: Callable[[Tensor], Tensor], cache: Path) -> Samples:
+                 encode: Callable[[Tensor], Tensor], cache: Path, vision: Vision | None = None) -> Samples:
     """Every subject of a folder in `views` views of `side` pixels, through `encode` (b h w 3) -> (b c h w).
 
     A picture in the folder is a subject of its own; the pictures of a subfolder show one subject. Where there are
     fewer than `views`, random crops make up for it, with `mirror` also mirrored ones. Outside masks, places count with
-    the weight `floor`. Pictures that cannot be read are left out and counted. What was encoded is kept in `cache`.
+    the weight `floor`. The encoder is shown pictures of `shown_side` pixels, or what `vision` makes of them. Pictures
+    that cannot be read are left out and counted. What was encoded is kept in `cache`.
     Raises ValueError for a folder without pictures.
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
-    settings = f"{fingerprint(folder)} {views} {side} {shown_side} {mirror} {floor} {seed}"
+    seen_by = vision.fingerprint if vision else ""
+    settings = f"{fingerprint(folder)} {views} {side} {seen_by or shown_side} {mirror} {floor} {seed}"
     path = cache / f"samples-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
     if path.exists():
         metadata, tensors = read_safetensors(path)
-        return Samples(**tensors, unreadable=int(metadata["unreadable"]))
+        return Samples(**tensors, unreadable=int(metadata["unreadable"]), vision=seen_by)
+
+    def show(pictures: Tensor) -> Tensor:
+        if vision:
+            return vision.layers(pictures).half()
+        return (to_shown(pictures, shown_side) * 255).round().to(torch.uint8)
+
     unreadable, parts = [], []
     for number, paths in enumerate(_subjects(folder), 1):
         photos = list(_readable(paths, unreadable))
         if photos:
-            parts.append(_encoded(photos, views, side, shown_side, mirror, floor, seed + number, encode))
+            parts.append(_encoded(photos, views, side, mirror, floor, seed + number, encode, show))
         if number % 100 == 0:
             log.info("Read %d subjects, %d pictures of them unreadable", number, len(unreadable))
     if not parts:
@@ -105,15 +117,7 @@ def read_samples(folder: Path, views: int, side: int, shown_side: int, mirror: b
                          f"{f': {len(unreadable)} could not be read' if unreadable else ''}.")
     tensors = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     write_whole(path, save(tensors, {"unreadable": str(len(unreadable))}))
-    return Samples(**tensors, unreadable=len(unreadable))
-
-
-def to_shown(pictures: Tensor, side: int) -> Tensor:
-    """Pictures (b h w 3) in 0..1 at the encoder's size."""
-    if pictures.shape[1:3] == (side, side):
-        return pictures
-    resized = interpolate(rearrange(pictures, "b h w c -> b c h w"), (side, side), mode="bilinear", antialias=True)
-    return rearrange(resized, "b c h w -> b h w c")
+    return Samples(**tensors, unreadable=len(unreadable), vision=seen_by)
 
 
 def _subjects(folder: Path) -> Iterator[list[Path]]:
@@ -132,8 +136,8 @@ def _readable(paths: list[Path], unreadable: list[Path]) -> Iterator[Photo]:
             unreadable.append(path)
 
 
-def _encoded(photos: list[Photo], views: int, side: int, shown_side: int, mirror: bool, floor: float, seed: int,
-             encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def _encoded(photos: list[Photo], views: int, side: int, mirror: bool, floor: float, seed: int,
+             encode: Callable[[Tensor], Tensor], show: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """One subject's views."""
     photos = photos[:views]
     crops = ceil(views / (len(photos) * (1 + mirror))) - 1
@@ -144,5 +148,4 @@ def _encoded(photos: list[Photo], views: int, side: int, shown_side: int, mirror
     masks = torch.stack([torch.ones(side, side) if view.mask is None else view.mask for view in chosen])
     latents = encode(pictures)
     weights = floor + (1 - floor) * adaptive_avg_pool2d(masks[:, None], latents.shape[-2:])
-    return {"pictures": (to_shown(pictures, shown_side) * 255).round().to(torch.uint8), "latents": latents.half(),
-            "weights": weights.half()}
+    return {"pictures": show(pictures), "latents": latents.half(), "weights": weights.half()}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..host.clip_vision import Vision
 from ..host.objective import timestep_count
 from ..host.sockets import CLIP, ModelPatcher
 from ..host.text import encode, ready, rows
@@ -20,7 +21,6 @@ from ..training.dataset import Lessons, Photo, squares
 from .domain import Domain
 from .encoder import Predicted
 from .method import SENTENCES, Predictor
-from .samples import to_shown
 from .strangers import tell_strangers
 
 LEVELS = 16  # noise levels that a prediction is the mean of
@@ -38,17 +38,17 @@ class Start:
 
 
 @torch.no_grad()
-def predict(predictor: Predictor, pictures: Tensor, latents: Tensor, seed: int) -> Start:
-    """The mean prediction, over noise levels and pictures, for pictures (n h w 3) in 0..1 with latents (n c h w)."""
+def predict(predictor: Predictor, seen: Tensor, latents: Tensor, seed: int) -> Start:
+    """The mean prediction, over noise levels and pictures, for n pictures as the encoder sees them and their latents
+    (n c h w)."""
     generator = torch.Generator().manual_seed(seed)
     levels = timestep_count(predictor.model)
     timesteps = ((torch.arange(LEVELS) + 0.5) / LEVELS * levels).long().to(predictor.device)
-    shown = to_shown(pictures, predictor.encoder.shape.side).to(predictor.device)
     said: list[Predicted] = []
-    for picture, latent in zip(shown, latents, strict=True):
+    for picture, latent in zip(seen.to(predictor.device), latents, strict=True):
         noise = torch.randn(LEVELS, *latent.shape, generator=generator).to(latent)
         same = latent.expand_as(noise)
-        said.append(predictor.predict(picture.expand(LEVELS, -1, -1, -1), same, noise, timesteps))
+        said.append(predictor.predict(picture[None], same, noise, timesteps))
 
     def mean(name: str, kind: str) -> Tensor:
         return torch.cat([getattr(each, kind)[name] for each in said]).float().mean(0, keepdim=True)
@@ -64,9 +64,9 @@ class TunedEdit(EditMethod):
     architecture = "e4t-perfusion"
 
     def __init__(self, domain: Domain, photos: Sequence[Photo], precision: Tensor, encoder: str, unet: ModelPatcher,
-                 clip: CLIP, recipe: EditRecipe, lessons: Lessons) -> None:
+                 clip: CLIP, recipe: EditRecipe, lessons: Lessons, vision: Vision | None = None) -> None:
         super().__init__(precision, encoder, unet, clip, recipe, lessons)
-        self.start = self._predicted(domain, photos, clip, lessons)
+        self.start = self._predicted(domain, photos, clip, lessons, vision)
         with torch.no_grad():
             for name, vectors in self.start.words.items():
                 self.leaves[name].copy_(vectors)
@@ -77,14 +77,15 @@ class TunedEdit(EditMethod):
             met = [encode(self.clip, text)[0][0, self._place(text)] for text in texts]
             self.target_input.copy_(torch.stack(met).float().mean(0))
 
-    def _predicted(self, domain: Domain, photos: Sequence[Photo], clip: CLIP, lessons: Lessons) -> Start:
+    def _predicted(self, domain: Domain, photos: Sequence[Photo], clip: CLIP, lessons: Lessons,
+                   vision: Vision | None) -> Start:
         shown = squares(photos, lessons.latents.shape[-1] * 8)
+        seen = domain.encoder.seen(torch.stack([photo.picture for photo in shown]), vision)
         predictor = Predictor(self.unet, clip, domain.word, domain.encoder.to(self.device), {}, SHARE * domain.scale,
                               self.precision)
         try:
             tell_strangers(predictor, lessons.latents[:, 0], self.recipe.seed)
-            return predict(predictor, torch.stack([photo.picture for photo in shown]), lessons.latents[:, 0],
-                           self.recipe.seed)
+            return predict(predictor, seen, lessons.latents[:, 0], self.recipe.seed)
         finally:
             predictor.installed.close()
 

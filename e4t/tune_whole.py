@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..host.clip_vision import Vision
 from ..host.cross_attention import overridden
 from ..host.folders import unfinished_folder
 from ..host.sockets import CLIP, ModelPatcher
@@ -28,7 +29,6 @@ from .difference_file import save
 from .domain import Domain
 from .method import SENTENCES, Predictor
 from .offsets import Offset
-from .samples import to_shown
 from .strangers import tell_strangers
 from .tune import SHARE, predict
 from .use import with_difference
@@ -37,18 +37,17 @@ RANK = 4
 
 
 class TunedWhole(WordMethod):
-    """`learning_rate` of the recipe is that of the factors; the encoder moves at `ENCODER` of it."""
+    """`learning_rate` of the recipe is that of the factors; the encoder moves at its `tuning_rate` of it."""
 
     architecture = "e4t"
-    ENCODER = 0.05
 
     def __init__(self, domain: Domain, photos: Sequence[Photo], unet: ModelPatcher, clip: CLIP, recipe: Recipe,
-                 lessons: Lessons) -> None:
+                 lessons: Lessons, vision: Vision | None = None) -> None:
         super().__init__(unet, clip, recipe, lessons)
         self.device, self.latents = unet.load_device, lessons.latents[:, 0]
         self.encoder = copy.deepcopy(domain.encoder).to(self.device).requires_grad_()
         shown = squares(photos, lessons.latents.shape[-1] * 8)
-        self.pictures = torch.stack([photo.picture for photo in shown]).to(self.device)
+        self.seen = domain.encoder.seen(torch.stack([photo.picture for photo in shown]), vision).to(self.device)
         self.predictor = Predictor(unet, clip, domain.word, self.encoder, {}, SHARE * domain.scale,
                                    torch.zeros(0, 0))
         self.predictor.installed.close()
@@ -68,13 +67,13 @@ class TunedWhole(WordMethod):
         factors = [f for offset in self.offsets.values() for f in (offset.left, offset.right)]
         factors += [f for pair in self.added.values() for f in (pair.up, pair.down)]
         rate = self.recipe.learning_rate
-        return [{"params": list(self.encoder.parameters()), "lr": self.ENCODER * rate}, {"params": factors, "lr": rate}]
+        return [{"params": list(self.encoder.parameters()), "lr": self.encoder.tuning_rate * rate},
+                {"params": factors, "lr": rate}]
 
     def loss(self, batch: Batch) -> Tensor:
         """The error (b) under words that the encoder predicts from each sample's own noised latent."""
         self.changed = {}
-        pictures = to_shown(self.pictures[batch.photos], self.encoder.shape.side)
-        said = self.predictor.predict(pictures, batch.latents, batch.noise, batch.timesteps)
+        said = self.predictor.predict(self.seen[batch.photos], batch.latents, batch.noise, batch.timesteps)
         context, pooled = encode_words(self.clip, self.prompts(batch), self.predictor.words(said))
         self.changed = {layer: changed_weight(matrix.weight, self.offsets.get(layer), self.added[layer])
                         for layer, matrix in self.matrices.items()}
@@ -107,7 +106,7 @@ class TunedWhole(WordMethod):
 
     def _settle(self) -> None:
         """Makes the word what the encoder now predicts in the mean."""
-        start = predict(self.predictor, self.pictures, self.latents, self.recipe.seed)
+        start = predict(self.predictor, self.seen, self.latents, self.recipe.seed)
         for name, vectors in start.words.items():
             self.leaves[name].data.copy_(vectors)
 

@@ -20,6 +20,21 @@ def file_path(kind: str, name: str) -> Path:
     return Path(path)
 
 
+def folders_with(kind: str, file: str) -> list[str]:
+    """The folders somewhere below those of a kind that hold a file of this name."""
+    roots = (Path(root) for root in folder_paths.get_folder_paths(kind))
+    return sorted({path.parent.relative_to(root).as_posix() for root in roots for path in root.glob(f"*/**/{file}")})
+
+
+def folder_path(kind: str, name: str) -> Path:
+    """The folder behind a listed name. Raises ValueError when it is gone or lies elsewhere."""
+    for root in (Path(root).resolve() for root in folder_paths.get_folder_paths(kind)):
+        path = (root / name).resolve()
+        if path != root and path.is_relative_to(root) and path.is_dir():
+            return path
+    raise ValueError(f"There is no folder {name!r} in models/{kind}; press R to refresh the list.")
+
+
 def register() -> None:
     """Makes models/concepts and models/e4t folders of models, after those the user configured.
 

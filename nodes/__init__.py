@@ -6,6 +6,7 @@ from .apply_concept import ConceptsApply, ConceptsApplyStack, ConceptsHook
 from .concept_files import ConceptsBundle, ConceptsLoad, ConceptsLoadLoraWords, ConceptsSave
 from .encode_global_keys import ConceptsEncodeGlobalKeys
 from .export_lora import ConceptsExportLora
+from .import_e4t import ConceptsImportE4T
 from .inline_concept import ConceptsInline
 from .inspect_concept import ConceptsInspect
 from .load_domain import ConceptsApplyDomain, ConceptsLoadDomain
@@ -31,6 +32,7 @@ class ConceptsExtension(ComfyExtension):
             ConceptsLoad,
             ConceptsLoadLoraWords,
             ConceptsLoadDomain,
+            ConceptsImportE4T,
             ConceptsBundle,
             ConceptsApply,
             ConceptsApplyStack,

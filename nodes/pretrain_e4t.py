@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..e4t import domain
 from ..e4t.pretrain import Keeping, Recipe, pretrain
 from ..e4t.samples import read_samples
+from ..host.clip_vision import Vision
 from ..host.copies import memory_is_short
 from ..host.folders import domains_folder, input_subfolder, input_subfolders, states_folder
 from ..host.pictures import is_empty, vae_encode
@@ -63,13 +64,17 @@ class ConceptsPretrainE4T(io.ComfyNode):
                     "Side of the training square in pixels."
                 )),
                 io.Boolean.Input("mirror", default=False, advanced=True, tooltip="Also learn from mirrored pictures."),
+                io.ClipVision.Input("clip_vision", optional=True, tooltip=(
+                    "The eye of the encoder, as in the paper: CLIP vision ViT-L or ViT-H, from Load CLIP Vision. Tune "
+                    "E4T then needs it too. Without it the encoder learns to see by itself."
+                )),
             ],
             outputs=[Domain.Output("domain", display_name="domain", tooltip="What was learned, for Tune E4T.")],
         )
 
     @classmethod
     def execute(cls, model, clip, vae, folder, class_word, name, steps, batch_size, seed, rate, regulariser, resolution,
-                mirror) -> io.NodeOutput:
+                mirror, clip_vision=None) -> io.NodeOutput:
         word = class_word.strip()
         if not word:
             raise ValueError("The class word is empty; write the ordinary word for the things in the pictures.")
@@ -80,7 +85,7 @@ class ConceptsPretrainE4T(io.ComfyNode):
                         regulariser=regulariser, side=min(resolution, 224))
         samples = read_samples(input_subfolder(folder), VIEWS, resolution, recipe.side, mirror, FLOOR, seed,
                                lambda pictures: model.model.process_latent_in(vae_encode(vae, pictures)),
-                               states_folder())
+                               states_folder(), clip_vision and Vision(clip_vision))
         bar = ProgressBar(steps)
 
         def watch(step: int, loss: float) -> None:

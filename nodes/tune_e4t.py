@@ -8,8 +8,9 @@ from comfy_api.latest import io
 from ..e4t.domain import Domain as DomainValue
 from ..e4t.tune import TunedEdit, tuning_recipe
 from ..e4t.tune_whole import TunedWhole, whole_recipe
+from ..e4t.vision import vision_for
 from ..host.bases import base_name
-from ..host.text import fingerprint_of
+from ..host.text import fingerprint_of, widths
 from ..perfusion.covariance import encoder_fingerprint, precision
 from ..textual_inversion.train import learn_word
 from .sockets import Domain
@@ -48,6 +49,10 @@ class ConceptsTuneE4T(io.ComfyNode):
                     "A Perfusion concept, a small file with a bias that composes with others; or the tuned model of "
                     "the paper, kept as a difference of a few MB, which also changes prompts without the word."
                 )),
+                io.ClipVision.Input("clip_vision", optional=True, tooltip=(
+                    "Only for a domain that was pretrained with CLIP vision, and then the same one, from Load CLIP "
+                    "Vision. Other domains do not look at it."
+                )),
             ],
             outputs=outputs(),
         )
@@ -61,24 +66,34 @@ class ConceptsTuneE4T(io.ComfyNode):
     def execute(cls, **inputs) -> io.NodeOutput:
         def learn(one, photos, *how):
             domain = checked(one["domain"], one["model"], one["clip"])
+            vision = vision_for(domain, one.get("clip_vision"))
             word, steps, seed = one["placeholder"].strip(), one["steps"], one["seed"]
             if one.get("result") == TUNED:
-                recipe, method = whole_recipe(domain, word, steps, seed), partial(TunedWhole, domain, photos)
+                recipe = whole_recipe(domain, word, steps, seed)
+                method = partial(TunedWhole, domain, photos, vision=vision)
             else:
                 recipe = tuning_recipe(domain, one["clip"], word, steps, seed)
-                method = partial(TunedEdit, domain, photos, precision(one["clip"]), encoder_fingerprint(one["clip"]))
+                method = partial(TunedEdit, domain, photos, precision(one["clip"]), encoder_fingerprint(one["clip"]),
+                                 vision=vision)
             return recipe, learn_word(one["model"], one["clip"], one["vae"], photos, recipe, *how, method)
 
         return run(inputs, learn)
 
 
 def checked(domain: DomainValue, model, clip) -> DomainValue:
-    """The domain, if it was learned for such models. Raises ValueError for a domain of another base."""
+    """The domain, if it was learned for such models. Raises ValueError for one of another base or text encoder."""
     base = base_name(model)
     if domain.base != base:
         raise ValueError(f"The domain {domain.word!r} was pretrained on {domain.base} and this checkpoint is {base}; "
                          "load a domain for it, or a checkpoint of that base.")
+    if domain.encoder.shape.words != widths(clip):
+        raise ValueError(f"The domain {domain.word!r} gives words of {_sizes(domain.encoder.shape.words)} numbers, and "
+                         f"this CLIP has words of {_sizes(widths(clip))}; load a checkpoint of {domain.base}.")
     if domain.text and domain.text != fingerprint_of(clip):
         log.warning("The domain %r was pretrained with another text encoder than this one; more steps may be needed.",
                     domain.word)
     return domain
+
+
+def _sizes(words) -> str:
+    return " and ".join(f"{size} ({name})" for name, size in words.items())

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from concepts_pack.microworld.client import ComfyError, choose, to_prompt
 
+from .in_process import test_e4t_import as toy_release
+
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 TRAIN = "ConceptsTrainTextualInversion"
@@ -107,6 +109,24 @@ def test_cancel_during_sampling_leaves_the_server_usable(client, info):
     threading.Thread(target=lambda: (started.wait(), client.interrupt()), daemon=True).start()
     with pytest.raises(ComfyError, match="Cancelled"):
         client.run(prompt, lambda _, __, maximum: maximum == 10_000 and started.set())
+    assert still_works(client)
+
+
+def test_a_release_is_imported_and_met_by_a_model_of_another_base(client, server, info):
+    """A folder of downloads becomes a file that is listed, on a graph with the sample model."""
+    folder = server[1] / "models" / "e4t" / "downloads"
+    folder.mkdir(parents=True)
+    toy_release.write(folder / "cats", toy_release.TRAINED, encoder=toy_release.weights(),
+                      weight_offsets=toy_release.OFFSETS)
+    offered = client.object_info()["ConceptsImportE4T"]["input"]["required"]["folder"]
+    assert "downloads/cats" in str(offered)
+    given = {"folder": "downloads/cats", "name": "imported/cats"}
+    outputs = client.run({"import": {"class_type": "ConceptsImportE4T", "inputs": given}})
+    assert "choose imported/cats.safetensors in Load E4T Domain" in str(outputs["import"])
+    prompt = example(info, "e4t_one_picture")
+    the(prompt, "ConceptsLoadDomain")["name"] = "imported/cats.safetensors"
+    with pytest.raises(ComfyError, match="ConceptsTuneE4T: .*The domain 'cat' was pretrained on SD15"):
+        client.run(prompt)
     assert still_works(client)
 
 

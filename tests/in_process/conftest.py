@@ -1,5 +1,10 @@
 """ComfyUI's own classes at toy size with random weights: an SD1.x UNet, a CLIP with the real tokenizer, a TAESD VAE."""
 
+import json
+import tempfile
+from pathlib import Path
+
+import comfy.clip_vision
 import comfy.model_base
 import comfy.model_patcher
 import comfy.sd
@@ -33,6 +38,10 @@ TEXT = {
 HEADS = {"num_heads": 4, "num_head_channels": -1}  # over the families' own, which are for full size
 WIDTH_G = 48
 TEXT_G = TEXT | {"hidden_size": WIDTH_G, "projection_dim": WIDTH_G, "num_hidden_layers": 3}
+SD15_BLOCKS = {  # as many as SD1.x has
+    "num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "transformer_depth": [1] * 6 + [0, 0],
+    "transformer_depth_output": [1] * 9 + [0] * 3,
+}
 OWN_UNET = {  # SDXL hears of both encoders, of the pooled vector and of six picture sizes
     "SD20": {"use_linear_in_transformer": True},
     "SDXL": {"use_linear_in_transformer": True, "context_dim": WIDTH + WIDTH_G, "adm_in_channels": WIDTH_G + 6 * 256,
@@ -54,9 +63,9 @@ def make_text_matter(unet: torch.nn.Module) -> None:
 
 
 def make_model(
-    model_type=comfy.model_base.ModelType.EPS, family="SD15", disable_dynamic=True
+    model_type=comfy.model_base.ModelType.EPS, family="SD15", changes=None, disable_dynamic=True
 ) -> comfy.model_patcher.ModelPatcher:
-    config = getattr(comfy.supported_models, family)(UNET | OWN_UNET.get(family, {}))
+    config = getattr(comfy.supported_models, family)(UNET | OWN_UNET.get(family, {}) | (changes or {}))
     config.unet_config |= HEADS
     config.set_inference_dtype(torch.float32, None)
     kind = comfy.model_base.SDXL if family == "SDXL" else comfy.model_base.BaseModel
@@ -64,7 +73,7 @@ def make_model(
     fill(model, 1)
     make_text_matter(model)
     patcher = comfy.model_patcher.ModelPatcher(model, CPU, CPU)
-    patcher.cached_patcher_init = (make_model, (model_type, family))
+    patcher.cached_patcher_init = (make_model, (model_type, family, changes))
     return patcher
 
 
@@ -129,6 +138,27 @@ def make_vae() -> comfy.sd.VAE:
     return comfy.sd.VAE(sd=vae.state_dict())
 
 
+VISION = {
+    "model_type": "clip_vision_model", "hidden_act": "gelu", "hidden_size": 32, "image_size": 56, "patch_size": 14,
+    "intermediate_size": 64, "num_attention_heads": 16, "num_channels": 3, "num_hidden_layers": 4, "projection_dim": 24,
+}
+
+
+def make_clip_vision(seed=5, **changes) -> comfy.clip_vision.ClipVisionModel:
+    with tempfile.TemporaryDirectory() as folder:  # all that older hosts take
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(VISION | changes))
+        clip_vision = comfy.clip_vision.ClipVisionModel(str(path))
+    fill(clip_vision.model, seed, 0.3)
+    return clip_vision
+
+
+@pytest.fixture(scope="session")
+def clip_vision():
+    with torch.inference_mode():
+        return make_clip_vision()
+
+
 @pytest.fixture(scope="session")
 def model():
     with torch.inference_mode():
@@ -163,6 +193,15 @@ def clip(embeddings):
 def vae():
     with torch.inference_mode():
         return make_vae()
+
+
+@pytest.fixture(scope="session")
+def calm_vae():
+    """One whose latents half precision can hold."""
+    vae = comfy.taesd.taesd.TAESD()
+    fill(vae, 3, 0.02)
+    with torch.inference_mode():
+        return comfy.sd.VAE(sd=vae.state_dict())
 
 
 @pytest.fixture

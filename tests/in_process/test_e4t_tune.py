@@ -128,7 +128,7 @@ def test_the_whole_is_used_as_it_was_learned(domain, photos, model, clip, vae):
         with torch.no_grad():
             found = method.loss(batch)
             method.changed.clear()
-            said = method.predictor.predict(method.pictures, batch.latents, batch.noise, batch.timesteps)
+            said = method.predictor.predict(method.seen, batch.latents, batch.noise, batch.timesteps)
             vectors = {name: v[0] for name, v in method.predictor.words(said).items()}
         concept = method.concept({})
         for name, v in vectors.items():
