@@ -190,15 +190,19 @@ def pairs(names: list[str], seeds: int, cfg: float, bias: float, workers: int) -
     """How often two concepts are both in the picture and right, by how they were learned and joined."""
     jobs = [(first, second, seed, cfg, bias) for seed in range(seeds)
             for first, second in zip(names, [*names[1:], names[0]], strict=True)]
-    rates: dict[str, list[float]] = {}
+    rates: dict[str, list[dict[str, float]]] = {}
     for found in parallel(one_pair, *zip(*jobs, strict=True), workers=workers):
         for label, rate in found.items():
             rates.setdefault(label, []).append(rate)
-    return {label: interval(np.array(values)) for label, values in rates.items()}
+    return {label: averages(found) for label, found in rates.items()}
 
 
-def one_pair(first: str, second: str, seed: int, cfg: float, bias: float) -> dict[str, float]:
-    """The same for two concepts, with the first seed also for two of one class: rates by label."""
+def averages(found: list[dict[str, float]]) -> dict:
+    return {measure: interval(np.array([one[measure] for one in found])) for measure in found[0]}
+
+
+def one_pair(first: str, second: str, seed: int, cfg: float, bias: float) -> dict[str, dict[str, float]]:
+    """The same for two concepts, with the first seed also for two of one class: `rightness` by label."""
     torch.set_num_threads(1)
     oracle, base = load(PAIR_WEIGHTS), load_checkpoint()
     alike = f"validation {super_category(first)}"
@@ -214,8 +218,8 @@ def one_pair(first: str, second: str, seed: int, cfg: float, bias: float) -> dic
         with patch.object(apply, "components", projection):
             images = pair_pictures(base, names, seed, kind, cfg, bias)
         reals = {name: torch.from_numpy(concept_photos(name, 24, REAL_SEED)[0]) for name in names}
-        found[label] = both_right(oracle, images, *names, reals)
-        print(f"{' and '.join(names)}, seed {seed}, {label}: {found[label]:.2f}", flush=True)
+        found[label] = rightness(oracle, images, *names, reals)
+        print(f"{' and '.join(names)}, seed {seed}, {label}: {found[label]}", flush=True)
     return found
 
 
@@ -232,19 +236,22 @@ def pair_pictures(base, names: tuple[str, str], seed: int, kind: str, cfg: float
 
 
 @torch.inference_mode()
-def both_right(oracle, images: Tensor, first: str, second: str, reals: dict[str, Tensor]) -> float:
-    """The share of pictures with both classes where each thing's look is nearer its own concept, and near enough."""
-    found = read(oracle, images)
+def rightness(oracle, images: Tensor, first: str, second: str, reals: dict[str, Tensor]) -> dict[str, float]:
+    """Shares of pictures: where both things are right, where each is, and where both classes are.
+
+    A thing is right if its class is and its look is nearer its own concept, and near enough.
+    """
     reading = oracle(images.permute(0, 3, 1, 2).float())
     masks = reading.masks.sigmoid()
-    own = {name: embed(oracle, reals[name]).mean(0) for name in (first, second)}
-    right = []
-    for number, seen in enumerate(found):
-        ids = [oracle.identity(reading, masks[:, place])[number] for place in (0, 1)]
-        table = [[float(ids[place] @ own[name]) for name in (first, second)] for place in (0, 1)]
-        classes = (seen["class"], seen["second class"]) == (super_category(first), super_category(second))
-        right.append(classes and table[0][0] > max(ENOUGH, table[0][1]) and table[1][1] > max(ENOUGH, table[1][0]))
-    return float(np.mean(right))
+    own = torch.stack([embed(oracle, reals[name]).mean(0) for name in (first, second)])
+    likeness = torch.stack([oracle.identity(reading, masks[:, place]) @ own.T for place in (0, 1)])
+    classes = torch.tensor([[seen["class"] == super_category(first), seen["second class"] == super_category(second)]
+                            for seen in read(oracle, images)]).T
+    looks = torch.stack([likeness[place, :, place] > likeness[place, :, 1 - place].clamp(min=ENOUGH)
+                         for place in (0, 1)])
+    one, two = (classes & looks).float()
+    return {"both right": (one * two).mean().item(), "first right": one.mean().item(),
+            "second right": two.mean().item(), "both classes": classes.all(0).float().mean().item()}
 
 
 def judged_renders(names: list[str], count: int = 8) -> dict:
@@ -257,9 +264,9 @@ def judged_renders(names: list[str], count: int = 8) -> dict:
         posed = [place_pair(rng, CONCEPTS[first].thing, CONCEPTS[second].thing, "left of") for _ in range(count)]
         drawn = [render(Scene(one, "snow", two, relation="left of", seed=number), 128)[0]
                  for number, (one, two) in enumerate(posed)]
-        rates.append(both_right(oracle, torch.from_numpy(np.stack(drawn)).float() / 255, first, second, reals))
-        print(f"{first} and {second}, true renders: {rates[-1]:.2f}", flush=True)
-    return {"true renders": interval(np.array(rates)), "renders of each pair": count}
+        rates.append(rightness(oracle, torch.from_numpy(np.stack(drawn)).float() / 255, first, second, reals))
+        print(f"{first} and {second}, true renders: {rates[-1]}", flush=True)
+    return {"true renders": averages(rates), "renders of each pair": count}
 
 
 def mask_quality(names: list[str], count: int = 16) -> dict:
