@@ -110,11 +110,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--bias", type=float, default=0.7)
+    parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     file = args.file or WEIGHTS / "domains" / f"{args.domain}.safetensors"
     jobs = [(args.domain, file, number, seed, args.cfg, args.bias)
             for seed in range(args.seeds) for number in range(args.instances)]
-    rows = [row for part in parallel(one, *zip(*jobs, strict=True)) for row in part]
+    rows = [row for part in parallel(one, *zip(*jobs, strict=True), workers=args.workers) for row in part]
     result: dict = {}
     for label in dict.fromkeys(row[0] for row in rows):
         found = np.array([row[1:] for row in rows if row[0] == label])

@@ -94,9 +94,9 @@ def _scores(name: str, seeds: int, cfg: float, variants: dict[str, dict]) -> lis
     return rows
 
 
-def debias(seeds: int, cfg: float, count: int, changes: dict) -> dict:
+def debias(seeds: int, cfg: float, count: int, changes: dict, workers: int) -> dict:
     """How far the colours of a class are from even, and how often the class is right, before and after."""
-    found = list(parallel(_colours, range(seeds), [cfg] * seeds, [count] * seeds, [changes] * seeds))
+    found = list(parallel(_colours, range(seeds), [cfg] * seeds, [count] * seeds, [changes] * seeds, workers=workers))
     result: dict = {label: {measure: interval(np.array([one[label][measure] for one in found]))
                             for measure in ("distance to even", "class accuracy")}
                     | {"shares": {colour: round(float(np.mean([one[label]["shares"][colour] for one in found])), 3)
@@ -134,12 +134,13 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--workers", type=int, default=2, help="of debias")
     parser.add_argument("--changes", type=json.loads, default={}, help="other settings for all, as JSON")
     parser.add_argument("--variants", type=json.loads, default={}, help="settings by label, as JSON")
     args = parser.parse_args()
     names = [name for name, concept in CONCEPTS.items() if concept.split == args.split][: args.concepts]
     if args.part == "debias":
-        result = debias(args.seeds, args.cfg, 100, args.changes)
+        result = debias(args.seeds, args.cfg, 100, args.changes, args.workers)
     else:
         variants = {
             "photos": {f"{count} photos": {"photos": count} for count in (1, 4, 16)},
