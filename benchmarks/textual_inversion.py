@@ -95,14 +95,17 @@ def _scores(name: str, seeds: int, cfg: float, variants: dict[str, dict]) -> lis
 
 
 def debias(seeds: int, cfg: float, count: int, changes: dict, workers: int) -> dict:
-    """How far the colours of a class are from even, and how often the class is right, before and after."""
+    """How far the colours of a class are from even, and how often the class is right, before and after.
+
+    Things of two colours, which no word names, count as a colour of their own; or not at all, among the one-coloured.
+    """
     found = list(parallel(_colours, range(seeds), [cfg] * seeds, [count] * seeds, [changes] * seeds, workers=workers))
-    result: dict = {label: {measure: interval(np.array([one[label][measure] for one in found]))
-                            for measure in ("distance to even", "class accuracy")}
+    measures = ("distance to even", "distance of the one-coloured", "class accuracy")
+    result: dict = {label: {measure: interval(np.array([one[label][measure] for one in found])) for measure in measures}
                     | {"shares": {colour: round(float(np.mean([one[label]["shares"][colour] for one in found])), 3)
                                   for colour in found[0][label]["shares"]}}
                     for label in found[0]}
-    for measure in ("distance to even", "class accuracy"):
+    for measure in measures:
         result[f"{measure}, learned ÷ class word"] = interval(
             np.array([one["learned word"][measure] / one["class word"][measure] for one in found]))
     return result
@@ -120,8 +123,10 @@ def _colours(seed: int, cfg: float, count: int, changes: dict) -> dict:
         seen = read(oracle, draw(model, encoder, vae, [f"a {word}"] * count, 10_000 * (seed + 1), cfg=cfg))
         counts = Counter(reading["colour"] for reading in seen)
         shares = {colour: counts[colour] / count for colour in (*COLOURS, OTHER)}
-        distance = 0.5 * (sum(abs(shares[colour] - 1 / len(COLOURS)) for colour in COLOURS) + shares[OTHER])
+        named = np.array([shares[colour] for colour in COLOURS])
+        distance = 0.5 * (np.abs(named - 1 / len(COLOURS)).sum() + shares[OTHER])
         result[label] = {"distance to even": distance, "shares": shares,
+                         "distance of the one-coloured": 0.5 * np.abs(named / named.sum() - 1 / len(COLOURS)).sum(),
                          "class accuracy": float(np.mean([reading["class"] == BIASED_CLASS for reading in seen]))}
         print(f"seed {seed}, {label}: distance {distance:.3f}, class {result[label]['class accuracy']:.3f}", flush=True)
     return result
