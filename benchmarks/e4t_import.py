@@ -33,6 +33,7 @@ from ..host.copies import private_copies
 from ..host.text import rows
 from ..host.unet_features import unet_features
 from ..host.weight_offsets import matrix_shapes
+from .step_time import UNET
 
 HERE = Path(__file__).parent
 WORD, SCALE, SIDE = "face", 0.1, 224
@@ -41,13 +42,6 @@ CONFIG = {
     "pretrained_model_name_or_path": "CompVis/stable-diffusion-v1-4", "domain_class_token": WORD,
     "clip_model_name_or_path": "ViT-H-14::laion2b_s32b_b79k", "placeholder_token": "*s", "domain_embed_scale": SCALE,
     "prompt_template": WORD, "unfreeze_clip_vision": True,
-}
-BLOCKS = {
-    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2] * 4,
-    "channel_mult": [1, 2, 4, 4], "transformer_depth": [1] * 6 + [0, 0], "transformer_depth_middle": 1,
-    "transformer_depth_output": [1] * 9 + [0] * 3, "context_dim": 768, "use_spatial_transformer": True,
-    "use_linear_in_transformer": False, "legacy": False, "adm_in_channels": None, "dtype": torch.float32,
-    "use_temporal_attention": False, "use_temporal_resblock": False,
 }
 
 
@@ -142,8 +136,7 @@ def published_encoder(w: dict[str, Tensor], pooled: Tensor, tokens: Tensor, feat
 
 def random_model() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP]:
     """SD1.x's UNet and CLIP at full size."""
-    config = comfy.supported_models.SD15(dict(BLOCKS))
-    config.unet_config |= config.unet_extra_config
+    config = comfy.supported_models.SD15(dict(UNET))
     config.set_inference_dtype(torch.float32, None)
     device = torch.device("cpu")
     model = comfy.model_base.BaseModel(config, device=device)

@@ -2,8 +2,8 @@
 
 `--part single`: one concept learned by Perfusion with locked and with trained keys and by Textual Inversion, drawn in
 scenes at eight biases. `--part pairs`: two separately learned concepts in one picture, and `--part judge`: what their
-judge makes of true renders. `--part leaks`: attention outside the subject. `--part
-masks`: zero-shot masks beside the true ones. `--part settings`: the variants of `--variants`.
+judge makes of true renders. `--part leaks`: attention outside the subject. `--part masks`:
+zero-shot masks beside the true ones. `--part settings`: the variants of `--variants`.
 Settings are chosen with `--split validation`; what is reported comes from `--split test`.
 """
 

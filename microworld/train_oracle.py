@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import argparse
-import math
-import time
+from pathlib import Path
 
 import torch
 from einops import rearrange, reduce
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .data import PAIRS, look_pairs, pictures, work
+from .fit import fit
 from .muon import Muon
 from .oracle import FACTORS, WEIGHTS, Oracle, factors
 
@@ -94,21 +94,15 @@ def main() -> None:
         for part in (oracle.stem, oracle.body, oracle.top, oracle.identity_features):
             part.compile()
     muon, adam = optimisers(oracle)
-    start, step, seen = time.monotonic(), 0, 0.0
-    while (done := (time.monotonic() - start) / (60 * args.minutes)) < 1:
-        rate = RATE * min(1, (step + 1) / 100) * math.cos(math.pi / 2 * done)
-        value = step_loss(oracle, data, step)
-        value.backward()
-        adam.param_groups[0]["lr"] = rate
-        adam.step()
-        adam.zero_grad()
-        muon.step(rate)
-        step, seen = step + 1, 0.98 * seen + 0.02 * value.item()
-        if step % 100 == 0:
-            print(f"oracle step {step} loss {seen / (1 - 0.98**step):.4f} done {done:.2f}", flush=True)
+    fit(lambda step: step_loss(oracle, data, step), muon, adam, RATE, 100, args.minutes, "oracle")
     WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
+    save(oracle, WEIGHTS)
+
+
+def save(oracle: Oracle, path: Path) -> None:
+    """Writes an oracle in half precision."""
     weights = {k: v.half() if v.is_floating_point() else v for k, v in oracle.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in weights.items()}, WEIGHTS)
+    save_file({k: v.contiguous() for k, v in weights.items()}, path)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ judges pictures of two concepts; ID and TXT of single ones stay with the first.
 from __future__ import annotations
 
 import argparse
-import math
-import time
 
 import numpy as np
 import torch
@@ -18,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .data import PAIRS, parallel, work
-from .oracle import FACTORS, PAIR_WEIGHTS, Oracle, load
+from .fit import fit
+from .oracle import FACTORS, PAIR_WEIGHTS, Oracle, factors, load
 from .render import render
 from .scene import BACKGROUNDS, RELATIONS, Scene, Thing, named_look, nameless_look, pick, place_alone, place_pair
 from .shapes import CLASSES
-from .train_oracle import RATE, augmented, contrastive, optimisers
+from .train_oracle import RATE, augmented, contrastive, optimisers, save
 
 SEED, ALONE = 5, 0.25
 HEADS = ("class", "second class")
@@ -48,15 +47,14 @@ def scenes_of(rng: np.random.Generator, first: str, second: str) -> list[Scene]:
 def group(index: int) -> dict[str, np.ndarray]:
     """PAIRS pairs of views of the same two classes, so that only looks tell them apart.
 
-    Pictures (p 2 128 128 3) uint8, masks (p 2 2 32 32) uint8, labels (p 2) by position in CLASSES, -1 where there is no
-    second thing.
+    Pictures (p 2 128 128 3) uint8, masks (p 2 2 32 32) uint8, labels (p 2) by position in FACTORS.
     """
     rng = np.random.default_rng([SEED, index])
-    first, second = rng.choice(len(CLASSES), 2, replace=False)
-    scenes = [scenes_of(rng, CLASSES[first], CLASSES[second]) for _ in range(PAIRS)]
+    first, second = (CLASSES[number] for number in rng.choice(len(CLASSES), 2, replace=False))
+    scenes = [scenes_of(rng, first, second) for _ in range(PAIRS)]
     drawn = [[render(scene) for scene in views] for views in scenes]
     masks = np.stack([[reduce(m, "c (h s) (w r) -> c h w", "max", s=4, r=4) for _, m in views] for views in drawn])
-    labels = np.array([[first, second if views[0].second else -1] for views in scenes])
+    labels = np.array([[FACTORS[name].index(factors(views[0])[name]) for name in HEADS] for views in scenes])
     return {"images": np.stack([[p for p, _ in views] for views in drawn]), "masks": masks, "labels": labels}
 
 
@@ -66,12 +64,12 @@ def step_loss(oracle: Oracle, data: dict[str, Tensor], step: int) -> Tensor:
     where = torch.randint(len(data["images"]), (1,), generator=generator).item()
     images = augmented(rearrange(data["images"][where], "p v h w c -> (v p) h w c"), generator)
     labels = data["labels"][where].repeat(2, 1)
-    both = labels[:, 1] >= 0
+    both = labels[:, 1] > 0
     with torch.autocast("cpu", torch.bfloat16):
         reading = oracle(images)
         looks = [oracle.identity(reading), oracle.identity(reading, reading.masks[:, 1].sigmoid().detach())[both]]
-    classes = F.cross_entropy(reading.logits["class"].float(), labels[:, 0])
-    classes = classes + F.cross_entropy(reading.logits["second class"].float(), labels[:, 1] + 1)
+    classes = sum(F.cross_entropy(reading.logits[name].float(), label)
+                  for name, label in zip(HEADS, labels.unbind(1), strict=True))
     masks = rearrange(data["masks"][where], "p v c h w -> (v p) c h w").float() / 255
     seen = F.binary_cross_entropy_with_logits(reading.masks.float(), masks)
     return classes + 2 * seen + sum(contrastive(look.float()) for look in looks)
@@ -83,7 +81,6 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=500)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    assert FACTORS["second class"][1:] == CLASSES
     path = work(f"pair_examples_{args.groups}.safetensors")
     if not path.exists():
         made = list(parallel(group, range(args.groups), workers=args.workers))
@@ -91,20 +88,8 @@ def main() -> None:
     data = load_file(path)
     oracle = load().to(memory_format=torch.channels_last).train()
     muon, adam = optimisers(oracle)
-    start, step, seen = time.monotonic(), 0, 0.0
-    while (done := (time.monotonic() - start) / (60 * args.minutes)) < 1:
-        rate = 0.5 * RATE * min(1, (step + 1) / 100) * math.cos(math.pi / 2 * done)
-        value = step_loss(oracle, data, step)
-        value.backward()
-        adam.param_groups[0]["lr"] = rate
-        adam.step()
-        adam.zero_grad()
-        muon.step(rate)
-        step, seen = step + 1, 0.98 * seen + 0.02 * value.item()
-        if step % 100 == 0:
-            print(f"step {step} loss {seen / (1 - 0.98**step):.4f} done {done:.2f}", flush=True)
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in oracle.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in weights.items()}, PAIR_WEIGHTS)
+    fit(lambda step: step_loss(oracle, data, step), muon, adam, 0.5 * RATE, 100, args.minutes, "oracle of pairs")
+    save(oracle, PAIR_WEIGHTS)
 
 
 if __name__ == "__main__":

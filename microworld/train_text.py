@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from . import text
 from .captions import caption
 from .concepts import NAMES
 from .data import work
+from .fit import fit
 from .muon import Muon
 from .oracle import FACTORS, factors
 from .scene import BADGES, SPLITS, Scene, random_scene
@@ -72,24 +72,18 @@ def main() -> None:
     chosen = {id(p) for p in hidden}
     rest = [p for p in (*model.clip.parameters(), model.table, *reader.parameters()) if id(p) not in chosen]
     muon, adam = Muon(hidden), torch.optim.AdamW(rest, RATE, weight_decay=0.0)
-    rng, start, step, seen = np.random.default_rng(5), time.monotonic(), 0, 0.0
-    while (done := (time.monotonic() - start) / (60 * args.minutes)) < 1:
+    rng = np.random.default_rng(5)
+
+    def loss(_: int) -> Tensor:
         scenes = [random_scene(rng, NAMES) for _ in range(BATCH)]
         rows = text.rows([caption(rng, scene) for scene in scenes]).long()[:, :LENGTH]
         ends = (rows == rows[0, -1]).int().argmax(1)
         with torch.autocast("cpu", torch.bfloat16):
             encodings = model.context(rows).float()
         truth = labels(scenes)
-        value = reader.loss(encodings[torch.arange(BATCH), ends], truth) + reader.loss(encodings[:, -1], truth)
-        value.backward()
-        rate = RATE * min(1, (step + 1) / 50) * math.cos(math.pi / 2 * done)
-        adam.param_groups[0]["lr"] = rate
-        adam.step()
-        adam.zero_grad()
-        muon.step(rate)
-        step, seen = step + 1, 0.98 * seen + 0.02 * value.item()
-        if step % 100 == 0:
-            print(f"text step {step} loss {seen / (1 - 0.98**step):.4f} done {done:.2f}", flush=True)
+        return reader.loss(encodings[torch.arange(BATCH), ends], truth) + reader.loss(encodings[:, -1], truth)
+
+    fit(loss, muon, adam, RATE, 50, args.minutes, "text")
     state = {f"clip.{key}": value for key, value in model.clip.state_dict().items()} | {"table": model.table.data}
     save_file({key: value.contiguous() for key, value in state.items()}, work("text.safetensors"))
 

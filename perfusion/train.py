@@ -37,10 +37,9 @@ class EditRecipe(Recipe):
     `relative_values`, and of trained keys likewise; `learning_rate` is that of the word, `momentum` what i* keeps of
     itself at each step (section 4.4). `constancy` is the weight of a second loss that keeps the word near i* wherever
     it stands in a prompt. Each step draws its bias from `bias` ± `slide`, so that the concept is learned for the whole
-    slider.
-    `own_masks` takes masks from the model's own attention to the super-category where none are given. `corpus` names
-    the captions of the user's own that the encoder was measured on. The last two are ablations: keys that are learned
-    instead of locked, and a gradient through i*.
+    slider. `own_masks` takes masks from the model's own attention to the super-category where none are given. `corpus`
+    names the captions of the user's own that the encoder was measured on. The last two are ablations: keys that are
+    learned instead of locked, and a gradient through i*.
     """
 
     value_rate: float = 0.03
