@@ -2,26 +2,27 @@
 
 A concept from one picture of things of the domain that pretraining has not seen: by the encoder and k steps of tuning,
 with the whole model tuned, by the same tuning without the encoder, and by Textual Inversion and Perfusion from the
-class word on the same picture. ID and TXT of the scenes of `textual_inversion.py`, and the seconds of each training.
-What pretraining cost is in the domain's record.
+class word on the same picture. ID and TXT of the scenes of `textual_inversion.py`, and the processor seconds of each
+training, which do not hang on what else the machine does. What pretraining cost is in the domain's record.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..e4t import domain
+from ..e4t import domain, tune
 from ..e4t.tune import TunedEdit, tuning_recipe
 from ..e4t.tune_whole import TunedWhole, whole_recipe
-from ..microworld.data import parallel
+from ..microworld.data import parallel, work
 from ..microworld.domain import instance_photos
 from ..microworld.host import WEIGHTS
 from ..microworld.oracle import load, similarity
@@ -80,8 +81,10 @@ def learners(base, kind: str, file: Path, seed: int) -> dict[str, Callable]:
     return {f"{label}, {steps} steps": partial(learn, steps) for label, learn, each in kinds for steps in each}
 
 
-def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float) -> list[tuple]:
-    """(label, ID, TXT, seconds of training) for one test instance and one picture of it."""
+def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float,
+        labels: tuple[str, ...] = ()) -> list[tuple]:
+    """(label, ID, TXT, processor seconds of training) for one test instance and one picture of it; of the learners
+    those whose labels begin with one of `labels`, or all. A row found before is read again."""
     torch.set_num_threads(1)
     oracle, base = load(), load_checkpoint()
     real = photos(kind, number, 25)[0][1:]
@@ -91,15 +94,44 @@ def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float) 
     rows = [("class word", *judge(oracle, draw(*base, texts, 1000 * seed, cfg=cfg), kind, real), 0.0),
             ("real renders", similarity(oracle, picture[:1], real).mean().item(), 1.0, 0.0)]
     for label, learn in learners(base, kind, file, seed).items():
-        start = time.perf_counter()
-        concept = learn(given)
-        seconds = time.perf_counter() - start
-        model, clip = applied(*base[:2], concept, 1.0, bias=bias)
-        drawn = draw(model, clip, base[2], [scene.format("<mine>") for scene, _ in SCENES], 1000 * seed, cfg=cfg)
-        rows.append((label, *judge(oracle, drawn, kind, real), seconds))
-        print(f"{kind} {number}, seed {seed}, {label}: ID {rows[-1][1]:.3f} TXT {rows[-1][2]:.3f} {seconds:.1f} s",
+        if not label.startswith(labels or ""):
+            continue
+        path = work("rows") / f"{kind}_{number}_{seed}_{settings(label, file, cfg, bias)}.json"
+        if not path.exists():
+            start = time.process_time()
+            concept = learn(given)
+            seconds = time.process_time() - start
+            model, clip = applied(*base[:2], concept, 1.0, bias=bias)
+            drawn = draw(model, clip, base[2], [scene.format("<mine>") for scene, _ in SCENES], 1000 * seed, cfg=cfg)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps([*judge(oracle, drawn, kind, real), seconds]))
+        rows.append((label, *json.loads(path.read_text())))
+        print(f"{kind} {number}, seed {seed}, {label}: ID {rows[-1][1]:.3f} TXT {rows[-1][2]:.3f} {rows[-1][3]:.1f} s",
               flush=True)
     return rows
+
+
+def settings(label: str, file: Path, cfg: float, bias: float) -> str:
+    """A name for all that a row hangs on besides instance and seed."""
+    uses = b"" if "without" in label or not label.startswith("E4T") else file.read_bytes()
+    paces = [train_textual_inversion.PRESETS["balanced"], train_perfusion.PRESETS["balanced"],
+             tune.LEVELS, tune.SHARE, tune.WORD_RATE, tune.VALUE_RATE]
+    return hashlib.sha256(f"{label} {paces} {cfg} {bias} {SCENES}".encode() + uses).hexdigest()[:12]
+
+
+def summary(rows: Iterable[tuple]) -> dict[str, dict]:
+    """Means and intervals of what `one` found, by label."""
+    found: dict[str, list] = {}
+    for label, *figures in rows:
+        found.setdefault(label, []).append(figures)
+    columns = {label: np.array(figures).T for label, figures in found.items()}
+    return {label: {"ID": interval(identity), "TXT": interval(prompt), "seconds, median": float(np.median(seconds))}
+            for label, (identity, prompt, seconds) in columns.items()}
+
+
+def record(file: Path) -> dict:
+    """What a domain file says of its pretraining."""
+    return json.loads(domain.load(file).metadata.get("concepts.training", "{}"))
 
 
 def main() -> None:
@@ -111,19 +143,14 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--bias", type=float, default=0.7)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=(), help="the learners whose labels begin so; all by default")
     args = parser.parse_args()
     file = args.file or WEIGHTS / "domains" / f"{args.domain}.safetensors"
-    jobs = [(args.domain, file, number, seed, args.cfg, args.bias)
+    jobs = [(args.domain, file, number, seed, args.cfg, args.bias, tuple(args.only))
             for seed in range(args.seeds) for number in range(args.instances)]
-    rows = [row for part in parallel(one, *zip(*jobs, strict=True), workers=args.workers) for row in part]
-    result: dict = {}
-    for label in dict.fromkeys(row[0] for row in rows):
-        found = np.array([row[1:] for row in rows if row[0] == label])
-        result[label] = {"ID": interval(found[:, 0]), "TXT": interval(found[:, 1]),
-                         "seconds, median": float(np.median(found[:, 2]))}
-    record = json.loads(domain.load(file).metadata.get("concepts.training", "{}"))
-    keep(result | {"domain": args.domain, "pretraining": record, "instances": args.instances, "seeds": args.seeds,
-                   "cfg": args.cfg, "bias": args.bias}, f"e4t_{args.domain}")
+    found = summary(row for part in parallel(one, *zip(*jobs, strict=True), workers=args.workers) for row in part)
+    keep(found | {"domain": args.domain, "pretraining": record(file), "instances": args.instances, "seeds": args.seeds,
+                  "cfg": args.cfg, "bias": args.bias}, f"e4t_{args.domain}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,32 @@
 """Speed and memory of Perfusion at Stable Diffusion 1.5's true shapes, random weights:
 `python3 dev.py run benchmarks/perfusion_time.py`.
 
-Sampling steps with 0, 1 and 8 concepts taken in turn, a training step and its forward pass taken in turn, and the peak
-memory of trainings alone in processes of their own, ComfyUI's LoRA training beside ours. Medians and ratios.
+Sampling steps with 0, 1 and 8 concepts and with a model tuned by E4T taken in turn, a training step and its forward
+pass taken in turn, and the peak memory of trainings alone in processes of their own, ComfyUI's LoRA training beside
+ours. Medians and ratios. A concept of E4T with Perfusion is a Perfusion concept, so its speed is that of one concept.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
+from statistics import median
 
 import comfy.sample
 import torch
 
+from ..e4t.difference import Difference, LowRank, nothing_added
+from ..e4t.offsets import RANK as OFFSET_RANK
+from ..e4t.offsets import Offset, new_offsets
+from ..e4t.tune_whole import RANK
+from ..e4t.use import with_difference
 from ..host.copies import private_copies
 from ..host.cross_attention import sizes, with_edits
 from ..host.objective import timestep_count
+from ..host.weight_offsets import ALL_PARTS, matrix_shapes
 from ..perfusion.apply import applied, overrides
 from ..perfusion.concept import Edit
 from ..perfusion.train import EditMethod, EditRecipe
@@ -24,7 +34,7 @@ from ..training.dataset import Lessons
 from ..training.draws import draw
 from ..training.loop import Plan, train
 from .step_time import SEED, make_clip, make_unet
-from .timing import conditions, in_turn, keep, medians, peak_alone, peak_now, ratio
+from .timing import conditions, in_turn, keep, medians, peak_alone, peak_now, ratio, timed
 
 WIDTH, TOKENS = 768, 77
 
@@ -40,20 +50,34 @@ def concepts(model, count: int, context: torch.Tensor) -> list:
     return made
 
 
+def tuned(model):
+    """A model whose attention matrices are all changed as tuning the whole model does, by random factors."""
+    generator = torch.Generator().manual_seed(SEED)
+    offsets = {name: Offset(0.01 * torch.randn(len(offset.left), OFFSET_RANK, generator=generator), offset.right)
+               for name, offset in new_offsets(matrix_shapes(model), SEED).items()}
+    added = {name: LowRank(0.01 * torch.randn(len(factors.up), RANK, generator=generator), factors.down)
+             for name, factors in nothing_added(matrix_shapes(model, ALL_PARTS), RANK, SEED).items()}
+    return with_difference(model, Difference(offsets, added), 1.0)
+
+
 def sampling(size: int, rounds: int, steps: int) -> dict:
-    """Seconds of a few steps with CFG, unpatched, with one and with eight concepts, in turn."""
+    """Seconds of a step with CFG, unpatched, with one and with eight concepts and with a tuned model, in turn."""
     model = make_unet()
     context = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
     negative = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))
     noise = torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(SEED))
     models = {"unpatched": model, **{f"{n} concepts": with_edits(model, concepts(model, n, context), overrides)
-                                     for n in (1, 8)}}
+                                     for n in (1, 8)}, "tuned model": tuned(model)}
 
-    def drawing(patched) -> None:
-        comfy.sample.sample(patched, noise, steps, 7.0, "euler", "normal", [[context, {}]], [[negative, {}]],
-                            torch.zeros_like(noise), disable_pbar=True, seed=SEED)
+    def step(patched) -> float:
+        """The median of all steps but the first, which the host's loading and patching of weights comes before."""
+        ends: list[float] = []
+        comfy.sample.sample(patched, noise, steps + 1, 7.0, "euler", "normal", [[context, {}]], [[negative, {}]],
+                            torch.zeros_like(noise), disable_pbar=True, seed=SEED,
+                            callback=lambda *_: ends.append(time.perf_counter()))
+        return median(after - before for before, after in pairwise(ends))
 
-    times = in_turn({label: partial(drawing, patched) for label, patched in models.items()}, rounds)
+    times = in_turn({label: partial(step, patched) for label, patched in models.items()}, rounds)
     return {"seconds, median": medians(times),
             "÷ unpatched [median, quartiles]": {label: ratio(values, times["unpatched"])
                                                 for label, values in times.items() if label != "unpatched"}}
@@ -110,7 +134,8 @@ def peak(which: str, batch: int, size: int) -> float:
 def steps(batch: int, size: int, rounds: int) -> dict:
     """Seconds of a training step and of a forward pass, taken in turn."""
     with ExitStack() as stack:
-        times = in_turn(training(stack, batch, size), rounds)
+        actions = training(stack, batch, size)
+        times = in_turn({name: timed(action) for name, action in actions.items()}, rounds)
     return {"seconds, median": medians(times),
             "step ÷ forward [median, quartiles]": ratio(times["step"], times["forward"])}
 

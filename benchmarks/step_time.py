@@ -27,7 +27,7 @@ from ..textual_inversion.train import Recipe, WordMethod
 from ..training.dataset import Lessons
 from ..training.draws import draw
 from ..training.loop import Plan, train
-from .timing import conditions, in_turn, keep, medians, peak_alone, peak_now, profiled, ratio
+from .timing import conditions, in_turn, keep, medians, peak_alone, peak_now, profiled, ratio, timed
 
 UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2, 2],
@@ -137,7 +137,7 @@ def interleaved(batch: int, size: int, rounds: int) -> dict:
     with ExitStack() as stack:
         actions = {f"ours {name}": action for name, action in ours(stack, batch, size).items()}
         actions |= {f"diffusers {name}": action for name, action in theirs(batch, size).items()}
-        times = in_turn(actions, rounds)
+        times = in_turn({name: timed(action) for name, action in actions.items()}, rounds)
         profiles = {which: profiled(actions[f"{which} step"]) for which in ("ours", "diffusers")}
     return {
         "seconds, median": medians(times),

@@ -18,18 +18,28 @@ HERE = Path(__file__).parent
 TOP_PAD, MMAP_MAX = -2, -4  # of mallopt, in glibc's malloc.h
 
 
-def in_turn(actions: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each action in each round, after one round of warming up."""
+def in_turn(actions: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """The seconds that each action says it took in each round, after one round of warming up."""
     keep_pages()
     times: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(rounds + 1):
         for name, action in actions.items():
-            start = time.perf_counter()
-            action()
+            seconds = action()
             if number:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
         print({name: round(values[-1], 2) for name, values in times.items() if values}, flush=True)
     return times
+
+
+def timed(action: Callable) -> Callable[[], float]:
+    """`action`, saying how many seconds it took."""
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+
+    return seconds
 
 
 def keep_pages() -> None:
