@@ -308,7 +308,7 @@ def _run(recipe: Recipe, samples: Samples, weights: str, start: Domain | None) -
     digest = hashlib.sha256(f"{weights} {json.dumps(settings, sort_keys=True)} {tuple(samples.latents.shape)}".encode())
     digest.update(to_bytes(start) if start else b"")
     digest.update(samples.vision.encode())
-    digest.update(samples.latents[:, 0, :, ::4, ::4].contiguous().numpy().tobytes())
+    digest.update(samples.source.encode() or samples.latents[:, 0, :, ::4, ::4].contiguous().numpy().tobytes())
     return f"e4t-{recipe.word}-{digest.hexdigest()[:16]}"
 
 
@@ -348,7 +348,8 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
 
     def read() -> Samples:
         return read_samples(args.folder, args.views, args.resolution, recipe.side, args.mirror, args.mask_floor,
-                            recipe.seed, lambda p: model.model.process_latent_in(vae_encode(vae, p)), work, vision)
+                            recipe.seed, lambda p: model.model.process_latent_in(vae_encode(vae, p)),
+                            fingerprint(vae.patcher), work, vision)
 
     samples = read() if workers.first else None
     workers.wait()

@@ -8,15 +8,14 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ..training.dataset import Photo, squares
-from ..training.disk import read_safetensors, write_whole
 from ..training.draws import Batch, draw, seeded
 from ..training.folder import fingerprint, pictures_in, read_photo
 from .encoder import Vision, to_shown
+from .shards import Sharded, shard
 
 log = logging.getLogger("concepts")
 
@@ -25,13 +24,15 @@ log = logging.getLogger("concepts")
 class Samples:
     """n subjects in v views: `pictures` as the encoder sees them, which is (n v h w 3) uint8 or CLIP vision's CLS
     tokens (n v l d) fp16, `latents` (n v c h w) fp16 as the UNet does, and the `weights` (n v 1 h w) fp16 of each place
-    in the loss; how many pictures could not be read, and the fingerprint of the CLIP vision, if there is one."""
+    in the loss; how many pictures could not be read, the fingerprint of the CLIP vision, if there is one, and the
+    digest of the folder they were read from and of how."""
 
-    pictures: Tensor
-    latents: Tensor
-    weights: Tensor
+    pictures: Tensor | Sharded
+    latents: Tensor | Sharded
+    weights: Tensor | Sharded
     unreadable: int = 0
     vision: str = ""
+    source: str = ""
 
     def part(self, first: int, last: int) -> "Samples":
         """The subjects from `first` up to `last`."""
@@ -66,14 +67,13 @@ def draw_pair(samples: Samples, levels: int, size: int, seed: int, step: int, ro
     shown = (batch.views + torch.randint(min(1, views - 1), max(2, views), (size,), generator=generator)) % views
     noise = torch.randn(batch.noise.shape, generator=generator)
     timesteps = torch.randint(levels, (size,), generator=generator)
-    photos = batch.photos
+    photos, own_views, shown = batch.photos[rows], batch.views[rows], shown[rows]
     own = Batch(batch.latents[rows].float(), batch.noise[rows], later(batch.timesteps[rows], levels, times),
-                photos[rows], batch.views[rows], batch.lot)
+                photos, own_views, batch.lot)
     lots = tuple(range(batch.lot, batch.lot + size)[rows])
-    pictures = samples.pictures[photos, shown][rows]
-    return Pair(own, lots, samples.weights[photos, batch.views][rows].float(),
-                pictures.float() if samples.vision else pictures.float() / 255,
-                samples.latents[photos, shown][rows].float(), noise[rows], timesteps[rows])
+    pictures = samples.pictures[photos, shown].float()
+    return Pair(own, lots, samples.weights[photos, own_views].float(), pictures if samples.vision else pictures / 255,
+                samples.latents[photos, shown].float(), noise[rows], timesteps[rows])
 
 
 def later(timesteps: Tensor, levels: int, times: float) -> Tensor:
@@ -82,42 +82,42 @@ def later(timesteps: Tensor, levels: int, times: float) -> Tensor:
 
 
 def read_samples(folder: Path, views: int, side: int, shown_side: int, mirror: bool, floor: float, seed: int,
-                 encode: Callable[[Tensor], Tensor], cache: Path, vision: Vision | None = None) -> Samples:
+                 encode: Callable[[Tensor], Tensor], vae: str, cache: Path, vision: Vision | None = None) -> Samples:
     """Every subject of a folder in `views` views of `side` pixels, through `encode` (b h w 3) -> (b c h w).
 
     A picture in the folder is a subject of its own; the pictures of a subfolder show one subject. Where there are
     fewer than `views`, random crops make up for it, with `mirror` also mirrored ones. Outside masks, places count with
     the weight `floor`. The encoder is shown pictures of `shown_side` pixels, or what `vision` makes of them. Pictures
-    that cannot be read are left out and counted. What was encoded is kept in `cache`.
+    that cannot be read are left out and counted. What was encoded stays in `cache`, where a reading that was stopped
+    goes on unless something has changed, such as `vae`, the fingerprint of what encodes.
     Raises ValueError for a folder without pictures.
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
     seen_by = vision.fingerprint if vision else ""
-    settings = f"{fingerprint(folder)} {views} {side} {seen_by or shown_side} {mirror} {floor} {seed}"
-    path = cache / f"samples-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
-    if path.exists():
-        metadata, tensors = read_safetensors(path)
-        return Samples(**tensors, unreadable=int(metadata["unreadable"]), vision=seen_by)
+    settings = f"{fingerprint(folder)} {views} {side} {seen_by or shown_side} {mirror} {floor} {seed} {vae}"
+    source = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    subjects = list(_subjects(folder))
 
     def show(pictures: Tensor) -> Tensor:
         if vision:
             return vision.layers(pictures).half()
         return (to_shown(pictures, shown_side) * 255).round().to(torch.uint8)
 
-    unreadable, parts = [], []
-    for number, paths in enumerate(_subjects(folder), 1):
-        photos = list(_readable(paths, unreadable))
-        if photos:
-            parts.append(_encoded(photos, views, side, mirror, floor, seed + number, encode, show))
-        if number % 100 == 0:
-            log.info("Read %d subjects, %d pictures of them unreadable", number, len(unreadable))
-    if not parts:
+    def encoded(numbers: range) -> tuple[dict[str, Tensor], dict[str, str]]:
+        unreadable, parts = [], []
+        for number in numbers:
+            photos = list(_readable(subjects[number], unreadable))
+            if photos:
+                parts.append(_encoded(photos, views, side, mirror, floor, seed + number + 1, encode, show))
+        tensors = {name: torch.stack([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        return tensors, {"unreadable": str(len(unreadable))}
+
+    fields, unreadable = shard(cache / f"samples-{folder.resolve().name}-{source}", len(subjects), encoded)
+    if not fields:
         raise ValueError(f"There are no pictures of subjects in {folder}"
-                         f"{f': {len(unreadable)} could not be read' if unreadable else ''}.")
-    tensors = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-    write_whole(path, save(tensors, {"unreadable": str(len(unreadable))}))
-    return Samples(**tensors, unreadable=len(unreadable), vision=seen_by)
+                         f"{f': {unreadable} could not be read' if unreadable else ''}.")
+    return Samples(**fields, unreadable=unreadable, vision=seen_by, source=source)
 
 
 def _subjects(folder: Path) -> Iterator[list[Path]]:

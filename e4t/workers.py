@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
@@ -17,6 +18,7 @@ class Workers:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            self.patient = distributed.new_group(timeout=timedelta(days=7), backend="gloo")
 
     @property
     def first(self) -> bool:
@@ -40,9 +42,9 @@ class Workers:
                                "state.") from error
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Until all processes are here, however long one of them works."""
         if self.count > 1:
-            distributed.barrier()
+            distributed.barrier(self.patient)
 
     def close(self) -> None:
         """Ends the job's connections."""

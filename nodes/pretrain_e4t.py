@@ -1,12 +1,13 @@
 """Pretrain E4T Domain."""
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..e4t import domain
 from ..e4t.pretrain import Keeping, Recipe, pretrain
 from ..e4t.samples import read_samples
 from ..host.clip_vision import Vision
-from ..host.copies import memory_is_short
+from ..host.copies import fingerprint, memory_is_short
 from ..host.folders import domains_folder, input_subfolder, input_subfolders, states_folder
 from ..host.pictures import is_empty, vae_encode
 from ..host.progress import ProgressBar, stop_if_cancelled
@@ -83,9 +84,13 @@ class ConceptsPretrainE4T(io.ComfyNode):
                              "missing in this file.")
         recipe = Recipe(word, steps, batch_size=batch_size, seed=seed, rate=rate, offset_rate=rate,
                         regulariser=regulariser, side=min(resolution, 224))
-        samples = read_samples(input_subfolder(folder), VIEWS, resolution, recipe.side, mirror, FLOOR, seed,
-                               lambda pictures: model.model.process_latent_in(vae_encode(vae, pictures)),
-                               states_folder(), clip_vision and Vision(clip_vision))
+
+        def encode(pictures: Tensor) -> Tensor:
+            stop_if_cancelled()
+            return model.model.process_latent_in(vae_encode(vae, pictures))
+
+        samples = read_samples(input_subfolder(folder), VIEWS, resolution, recipe.side, mirror, FLOOR, seed, encode,
+                               fingerprint(vae.patcher), states_folder(), clip_vision and Vision(clip_vision))
         bar = ProgressBar(steps)
 
         def watch(step: int, loss: float) -> None:

@@ -4,6 +4,7 @@ test_e4t_pretrain.py, which sets the variables that torchrun sets."""
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -27,6 +28,14 @@ def samples(subjects=6, views=2):
     pictures = torch.randint(256, (subjects, views, 32, 32, 3), generator=generator, dtype=torch.uint8)
     latents = torch.randn(subjects, views, 4, 8, 8, generator=generator).half()
     return Samples(pictures, latents, torch.ones(subjects, views, 1, 8, 8).half())
+
+
+def in_memory(stored):
+    """The same samples as tensors."""
+    subjects, views = stored.latents.shape[:2]
+    every = torch.arange(subjects)[:, None], torch.arange(views)
+    return replace(stored, pictures=stored.pictures[every], latents=stored.latents[every],
+                   weights=stored.weights[every], source="")
 
 
 RECIPE = Recipe("cat", steps=5, batch_size=4, warmup=0, levels=(8, 16), side=32)

@@ -181,18 +181,19 @@ def encode(pictures):
 
 
 def read(folder, tmp_path, views=3):
-    return read_samples(folder, views, 64, 32, True, 0.1, 0, encode, tmp_path / "work")
+    return read_samples(folder, views, 64, 32, True, 0.1, 0, encode, "vae", tmp_path / "work")
 
 
 def test_a_folder_of_things_and_of_folders_of_things(tmp_path):
-    samples = read(folder_of(tmp_path, "a.png", "b/1.png", "b/2.png", "b/3.png", "b/4.png"), tmp_path)
+    folder = folder_of(tmp_path, "a.png", "b/1.png", "b/2.png", "b/3.png", "b/4.png")
+    samples = ranks.in_memory(read(folder, tmp_path))
     assert samples.pictures.shape == (2, 3, 32, 32, 3) and samples.latents.shape == (2, 3, 4, 8, 8)
     assert samples.pictures[0, :, 5, 5, 0].tolist() == pytest.approx([10, 20, 30], abs=1)  # the folder b
     assert samples.unreadable == 0
 
 
 def test_views_of_a_thing_are_its_pictures_first(tmp_path):
-    samples = read(folder_of(tmp_path, "b/1.png", "b/2.png", "b/3.png"), tmp_path)
+    samples = ranks.in_memory(read(folder_of(tmp_path, "b/1.png", "b/2.png", "b/3.png"), tmp_path))
     assert samples.pictures[0, :, 5, 5, 0].tolist() == pytest.approx([0, 10, 20], abs=1)
 
 

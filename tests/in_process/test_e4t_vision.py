@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import comfy.model_management
 import folder_paths
 import pytest
 import torch
@@ -10,6 +11,7 @@ from concepts_pack.e4t.pretrain import Keeping, parser, pretrain
 from concepts_pack.e4t.pretrain import run as command
 from concepts_pack.e4t.samples import Samples, draw_pair, read_samples
 from concepts_pack.host.clip_vision import Vision
+from concepts_pack.host.progress import Cancelled
 from PIL import Image
 from safetensors.torch import save
 
@@ -19,6 +21,8 @@ from .test_nodes import NODES, run
 
 LEVELS = VISION["num_hidden_layers"] // 2
 PLAIN = ranks.samples()
+SETTINGS = {"folder": "cats", "class_word": "cat", "name": "", "steps": 2, "batch_size": 2, "seed": 0, "rate": 1e-3,
+            "regulariser": 1e-3, "resolution": 64, "mirror": False}
 TOKENS = torch.randn(6, 2, LEVELS, VISION["hidden_size"], generator=torch.Generator().manual_seed(8)).half()
 
 
@@ -67,10 +71,10 @@ def test_features_are_computed_once_and_kept_instead_of_pictures(tmp_path, clip_
 
     def read(with_vision):
         return read_samples(tmp_path / "input" / "cats", 2, 64, 32, False, 0.1, 0,
-                            lambda p: p.permute(0, 3, 1, 2)[:, :1, ::8, ::8].repeat(1, 4, 1, 1), tmp_path / "work",
-                            with_vision)
+                            lambda p: p.permute(0, 3, 1, 2)[:, :1, ::8, ::8].repeat(1, 4, 1, 1), "vae",
+                            tmp_path / "work", with_vision)
 
-    first, again, plain = read(vision), read(vision), read(None)
+    first, again, plain = (ranks.in_memory(read(seen_by)) for seen_by in (vision, vision, None))
     hook.remove()
     assert len(looks) == 3  # one for each thing, none for what was kept
     assert first.pictures.shape == (3, 2, LEVELS, VISION["hidden_size"]) and first.pictures.dtype == torch.float16
@@ -108,17 +112,23 @@ def test_it_goes_on_only_with_the_same_one(model, clip, tmp_path):
 
 def test_pretrained_saved_loaded_and_tuned_on_the_nodes(model, clip, calm_vae, clip_vision, photos):
     vae = calm_vae
-    settings = {"folder": "cats", "class_word": "cat", "name": "", "steps": 2, "batch_size": 2, "seed": 0, "rate": 1e-3,
-                "regulariser": 1e-3, "resolution": 64, "mirror": False}
-    (learned,) = run("ConceptsPretrainE4T", model=model, clip=clip, vae=vae, clip_vision=clip_vision, **settings).result
+    given = {"model": model, "clip": clip, "vae": vae, **SETTINGS}
+    (learned,) = run("ConceptsPretrainE4T", **given, clip_vision=clip_vision).result
     loaded, word = run("ConceptsLoadDomain", name="cat.safetensors").result
     assert word == "cat" and loaded.vision == learned.vision == Vision(clip_vision).fingerprint
     assert domain_file.to_bytes(loaded) == domain_file.to_bytes(learned)
     for result in ("concept", "tuned model"):
         concept = tuned(model, clip, vae, photos, loaded, 1, clip_vision=clip_vision, result=result)
         assert concept.words[0].vectors["clip_l"].isfinite().all()
-    (own,) = run("ConceptsPretrainE4T", model=model, clip=clip, vae=vae, **settings | {"name": "own"}).result
+    (own,) = run("ConceptsPretrainE4T", **given | {"name": "own"}).result
     assert own.vision == "" and own.encoder.stem is not None
+
+
+def test_cancel_stops_the_reading(model, clip, vae, tmp_path):
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(Cancelled):
+        run("ConceptsPretrainE4T", model=model, clip=clip, vae=vae, **SETTINGS)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("result", ["concept", "tuned model"])

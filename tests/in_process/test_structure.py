@@ -17,7 +17,8 @@ PURE = [
     "textual_inversion/word.py", "textual_inversion/templates.py", "textual_inversion/file.py",
     "textual_inversion/formats.py", "perfusion/edit.py", "perfusion/concept.py", "perfusion/corpus.py",
     "e4t/release.py", "e4t/offsets.py", "e4t/encoder.py", "e4t/imported.py", "e4t/import_release.py",
-    "e4t/difference.py", "e4t/domain.py", "e4t/difference_file.py", "e4t/samples.py", "e4t/workers.py",
+    "e4t/difference.py", "e4t/domain.py", "e4t/difference_file.py", "e4t/samples.py", "e4t/shards.py",
+    "e4t/workers.py",
 ]
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "execution", "folder_paths", "nodes", "server"}
 FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
