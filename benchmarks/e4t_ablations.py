@@ -17,14 +17,14 @@ from .e4t import one, record, summary
 from .timing import keep
 
 ARMS = {"chosen": (), "regulariser 0": ("--regulariser", "0"), "without offsets": ("--no-offsets",)}
-LEARNERS = ("E4T + Perfusion, ", "E4T, whole model, 5")
+LEARNERS = ("E4T + Perfusion, 5", "E4T + Perfusion, 15", "E4T, whole model, 5")
 BLIND = "E4T + Perfusion without the encoder"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--domain", choices=DOMAINS, default="teddy")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--instances", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cfg", type=float, default=3.0)

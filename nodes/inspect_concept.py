@@ -4,7 +4,6 @@ from comfy_api.latest import io, ui
 
 from ..perfusion.apply import BIAS
 from ..perfusion.concept import Edit
-from ..perfusion.covariance import precision
 from ..perfusion.inspection import gate_bars, gates
 from ..textual_inversion.concept import Concept as ConceptValue
 from ..textual_inversion.inspection import report
@@ -54,6 +53,6 @@ class ConceptsInspect(io.ComfyNode):
         if not isinstance(concept.edit, Edit):
             return io.NodeOutput(page, None, ui=ui.PreviewText(page))
         text = prompt.replace("{}", concept.words[0].placeholder)
-        picture = to_tensor(gate_bars(gates(clip, concept, precision(clip), text, bias), f"gates at bias {bias:g}"))
+        picture = to_tensor(gate_bars(gates(clip, concept, text, bias), f"gates at bias {bias:g}"))
         shown = ui.PreviewText(page).as_dict() | ui.PreviewImage(picture, cls=cls).as_dict()
         return io.NodeOutput(page, picture, ui=shown)

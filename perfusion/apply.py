@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .concept import Edit
 from .edit import change, components, gate, gate_of_kin, similarity, withheld
 
-BIAS, TEMPERATURE = 0.7, 0.1
+BIAS, TEMPERATURE = 0.8, 0.1
 KEYS, VALUES = 0, 1
 
 
@@ -18,13 +18,14 @@ KEYS, VALUES = 0, 1
 class Applied:
     """An edit as it acts on a model.
 
-    `dual` (d) is C⁻¹ i*. `bias` β and `temperature` τ shape the gate. At `strength` 0 the concept's values are those
-    of its super-category, at 1 those learned; `key_strength` scales the whole edit of the keys. `start` and `end` are
-    shares of the sampling.
+    `dual` (d) is C⁻¹ i*. The gate and the concept's presence in a prompt go by `gate_dual` (d) instead, if there is one
+    (see `gating`). `bias` β and `temperature` τ shape the gate. At `strength` 0 the concept's values are those of its
+    super-category, at 1 those learned; `key_strength` scales the whole edit of the keys. `start` and `end` are shares
+    of the sampling.
 
     A token that has only read of the concept gives nothing of it (`gate_of_kin`), and what the gate withholds of a
     concept stays what it is or becomes the super-category (`withheld`), so that a high bias draws that instead of
-    erasing it. `everywhere` is equation 3 to the letter instead: neither of these, and also in prompts without the
+    erasing it. `everywhere` is equation 3 to the letter instead: none of these, and also in prompts without the
     concept.
     """
 
@@ -38,6 +39,7 @@ class Applied:
     start: float = 0.0
     end: float = 1.0
     everywhere: bool = False
+    gate_dual: Tensor | None = None
 
 
 def applied(edit: Edit, precision: Tensor, placeholder: str, **settings) -> Applied:
@@ -107,11 +109,11 @@ class Call:
         if not self.known:
             self._move(encodings.device)
         if id(encodings) not in self.known:
-            s = similarity(encodings.float(), self.inputs, self.dual)
-            present = s.amax(1, keepdim=True) >= self.presence
+            s, told = (similarity(encodings.float(), self.inputs, dual) for dual in (self.dual, self.gate_dual))
+            present = told.amax(1, keepdim=True) >= self.presence
             self.seen.append(present.flatten(0, 1).any(0))
             c = components(s, self.inputs, self.dual, present.expand_as(s))
-            published, kin = gate(s, self.bias, self.temperature), gate_of_kin(s, self.bias, self.temperature)
+            published, kin = gate(s, self.bias, self.temperature), gate_of_kin(told, self.bias, self.temperature)
             g = torch.where(self.everywhere, published, kin) * present
             opened = gate_of_kin(torch.ones_like(self.bias), self.bias, self.temperature)
             untouched, given_back = withheld(c, g, opened)
@@ -131,6 +133,7 @@ class Call:
         self.inputs = torch.stack([edit.target_input for edit in edits]).to(device)
         self.vectors = torch.cat([self.inputs, torch.stack([edit.super_input for edit in edits]).to(device)])[None]
         self.dual = torch.stack([a.dual for a in self.edits]).to(device)
+        self.gate_dual = torch.stack([a.dual if a.gate_dual is None else a.gate_dual for a in self.edits]).to(device)
         values = torch.stack([torch.cat([edit.values[name] for name in self.layers]) for edit in edits]).to(device)
         sizes = [len(edits[0].values[name]) for name in self.layers]
         self.learned = dict(zip(self.layers, values.split(sizes, 1), strict=True))

@@ -31,7 +31,7 @@ def precision(clip: CLIP, own_text: str = "") -> Tensor:
     C is measured on the captions that come with the pack, or on the lines of `own_text`, once for each encoder and
     clip-skip, and kept in the user folder. Raises ValueError when it cannot be inverted; Cancel leaves nothing behind.
     """
-    texts = _lines(own_text) or _own_captions()
+    texts = _lines(own_text) or own_captions()
     digest = hashlib.sha256("\n".join((encoder_fingerprint(clip), *texts)).encode()).hexdigest()[:24]
     if digest not in _remembered:
         _remembered[digest] = precision_of(*_covariance(clip, texts, digest))
@@ -83,7 +83,8 @@ def _lines(own_text: str) -> tuple[str, ...]:
 
 
 @lru_cache(1)
-def _own_captions() -> tuple[str, ...]:
+def own_captions() -> tuple[str, ...]:
+    """The captions that come with the pack."""
     return tuple(captions())
 
 

@@ -46,11 +46,12 @@ def withheld(components: Tensor, gates: Tensor, opened: Tensor) -> tuple[Tensor,
     much is given to the super-category; both of the shape of c and g (… j).
 
     Equation 3 drops it, which erases the thing at a high bias, and at any bias what the tokens behind the word have
-    read of it. Here a token on which the gate opens less than on the word itself (`opened`, of shape j) keeps that
-    share of it as the text encoder made it. On the word itself nothing is kept: its keys are locked at any bias.
+    read of it. Here a token on which the gate opens less than on the word itself (`opened` o, of shape j) keeps the
+    share (o - g) (2 - o) of it as the text encoder made it, so that a rising bias takes the word first and then what
+    others have read of it. On the word itself nothing is kept: its keys are locked at any bias.
     """
     held = (components - gates).clamp(min=0)
-    untouched = (opened - gates).clamp(min=0) * held
+    untouched = (opened - gates).clamp(min=0) * (2 - opened) * held
     return untouched, held - untouched
 
 

@@ -2,7 +2,6 @@
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from ..host.sockets import CLIP
 from ..host.text import encode, ready, written_words
@@ -10,19 +9,22 @@ from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
 from ..training.preview import FAINT, INK, LINE, PANEL, PAPER, RAW
 from .apply import BIAS, TEMPERATURE
+from .covariance import precision
 from .edit import gate_of_kin, similarity
+from .gating import gate_dual_of
 
 ROW, NAME_WIDTH, BAR_WIDTH = 26, 220, 360
 
 
 @torch.no_grad()
-def gates(clip: CLIP, concept: Concept, precision: Tensor, prompt: str, bias: float = BIAS,
+def gates(clip: CLIP, concept: Concept, prompt: str, bias: float = BIAS,
           temperature: float = TEMPERATURE) -> list[tuple[str, float, float]]:
     """Each token of a prompt up to its end with its similarity to i* and its gate, as `apply` has it."""
     taught = apply_words(clip, concept, 1.0)
-    target = concept.edit.target_input[None]
+    target, edit = concept.edit.target_input[None], concept.edit
+    dual = gate_dual_of(clip, concept) if edit.discerning else edit.dual_under(precision(clip)).float()
     encodings = encode(ready(taught), prompt)[0][0].float().cpu()
-    s = similarity(encodings, target, concept.edit.dual_under(precision).float()[None])[:, 0]
+    s = similarity(encodings, target, dual[None])[:, 0]
     open_ = gate_of_kin(s, bias, temperature)
     return [(word, s[place].item(), open_[place].item()) for place, word in enumerate(written_words(taught, prompt))]
 

@@ -17,20 +17,16 @@ KEPT = ("modelspec.base_model", "modelspec.title", "ssmd_cover_images", "concept
 
 
 @torch.no_grad()
-def to_lora(model: ModelPatcher, concept: Concept, precision: Tensor, strength: float = 1.0) -> dict[str, Tensor]:
-    """LoRA tensors of rank 1 (fp16), up (o* - W i*) and down C⁻¹ i* / <i*, i*>, so that W' i* = o* at strength 1.
+def to_lora(model: ModelPatcher, concept: Concept, dual: Tensor, strength: float = 1.0) -> dict[str, Tensor]:
+    """LoRA tensors of rank 1 (fp16), up (o* - W i*) and down M⁻¹ i* / <i*, i*>, so that W' i* = o* at strength 1.
 
-    Without a gate the change acts on every token as far as it resembles i*. `precision` is C⁻¹ (d d). W is what the
-    model's layers compute, with the LoRAs on it; the word is bundled as A1111 does. Raises ValueError for the precision
-    of another encoder, or for numbers that half precision cannot hold.
+    Without a gate the change acts on every token as far as it resembles i*. `dual` (d) is M⁻¹ i*, the gate's. W is what
+    the model's layers compute, with the LoRAs on it; the word is bundled as A1111 does. Raises ValueError for numbers
+    that half precision cannot hold.
     """
     (word,), edit = concept.words, concept.edit
     target = edit.target_input
-    if len(precision) != len(target):
-        raise ValueError(f"{word.placeholder} was learned with a text encoder that gives {len(target)} numbers for a "
-                         f"token; this CLIP gives {len(precision)}: take model and CLIP from one checkpoint.")
-    dual = edit.dual_under(precision)
-    down = (dual / (dual @ target.double())).float()
+    down = (dual.double() / (dual.double() @ target.double())).float()
     balance = down.norm()  # so that neither half is small beside the other
     settle(model)
     inputs = torch.stack([target, edit.super_input]).to(model.load_device, model.model.get_dtype_inference())

@@ -24,6 +24,7 @@ from .apply import Applied, Call, applied, overrides
 from .concept import Edit
 from .edit import TRAINING_TEMPERATURE, similarity
 from .file import save
+from .gating import gate_dual, gate_precision
 from .masks import zero_shot
 
 SURE = 0.8  # of the word's own similarity: below this a prompt may hold the word
@@ -60,6 +61,7 @@ class EditMethod(WordMethod):
     average."""
 
     architecture = "perfusion"
+    discerning = True
     recipe: EditRecipe
 
     def __init__(self, precision: Tensor, encoder: str, unet: ModelPatcher, clip: CLIP, recipe: EditRecipe,
@@ -68,6 +70,10 @@ class EditMethod(WordMethod):
         self.encoder, self.device = encoder, unet.load_device
         self.places: dict[str, int] = {}
         self.precision = precision.to(self.device)
+        self.gate_precision = self.precision
+        if self.discerning:
+            metric = gate_precision(self.clip, recipe.placeholder, recipe.vectors, precision)
+            self.gate_precision = metric.to(self.device)
         self.attentions = cross_attentions(unet.model.diffusion_model)
         self.super_input = self._super_input(clip)
         self.target_input = self.super_input.clone()
@@ -100,7 +106,7 @@ class EditMethod(WordMethod):
             target = target + met - met.detach()
         bias = self.recipe.bias + self.recipe.slide * (2 * Random(batch.lot).random() - 1)
         training = Applied(self._edit(target), self._dual(target), self.recipe.placeholder, bias,
-                           self.recipe.temperature)
+                           self.recipe.temperature, gate_dual=target @ self.gate_precision)
         self.call = Call(list(self.attentions), [training], context.to(self.device))
         error = self.error_under(batch, context, pooled)
         return error + self.recipe.constancy * self._away(batch.lot, target.detach())
@@ -117,23 +123,25 @@ class EditMethod(WordMethod):
         self.met.clear()
 
     def sampled(self) -> ModelPatcher:
-        edit = self.learned_edit()
-        return with_edits(self.unet, [applied(edit, self.precision.cpu(), self.recipe.placeholder)], overrides)
+        gate_dual = self._gate_dual()
+        edit = applied(self.learned_edit(gate_dual), self.precision.cpu(), self.recipe.placeholder, gate_dual=gate_dual)
+        return with_edits(self.unet, [edit], overrides)
 
     def concept(self, metadata: Mapping[str, str]) -> Concept:
-        return Concept((self.word(),), self.learned_edit(), metadata)
+        return Concept((self.word(),), self.learned_edit(self._gate_dual()), metadata)
 
     def keep(self, concept: Concept, name: str) -> Path:
         return save(concept, unfinished_folder(), name)
 
-    def learned_edit(self) -> Edit:
-        """The edit so far, as values of its own."""
+    def learned_edit(self, gate_dual: Tensor) -> Edit:
+        """The edit so far, as values of its own, whose gate has the dual `gate_dual` (d)."""
         target = self.target_input.detach()
         edit = self._edit(target)
         values, keys = ({name: value.detach().cpu().clone() for name, value in kind.items()}
                         for kind in (edit.values, edit.keys))
-        return Edit(target.cpu().clone(), self.super_input.cpu(), values, keys, self._presence(), self.encoder,
-                    self._dual(target).cpu() if self.recipe.corpus else None)
+        dual = self._dual(target).cpu() if self.recipe.corpus else None
+        return Edit(target.cpu().clone(), self.super_input.cpu(), values, keys, self._presence(gate_dual), self.encoder,
+                    dual, self.discerning)
 
     def _edit(self, target: Tensor) -> Edit:
         own = self._through("to_v", target.detach())
@@ -142,6 +150,12 @@ class EditMethod(WordMethod):
 
     def _dual(self, target: Tensor) -> Tensor:
         return target @ self.precision
+
+    def _gate_dual(self) -> Tensor:
+        target = self.target_input.detach()
+        if not self.discerning:
+            return self._dual(target).cpu()
+        return gate_dual(self.clip, self.recipe.placeholder, self.recipe.vectors, target, self.precision)
 
     def _super_input(self, clip: CLIP) -> Tensor:
         """The mean encoding (d), over the sentences, of the super-category's last token, which has read the others."""
@@ -177,13 +191,12 @@ class EditMethod(WordMethod):
         return (floor + (1 - floor) * masks).unflatten(0, latents.shape[:2])
 
     @torch.no_grad()
-    def _presence(self) -> float:
+    def _presence(self, gate_dual: Tensor) -> float:
         """The similarity half way between the most a class word has in the sentences and the least the word has.
 
         A word that came out no nearer to i* than its class word is never lost to its own prompts.
         """
-        target = self.target_input[None]
-        dual = self._dual(target)
+        target, dual = self.target_input[None], gate_dual[None].to(self.device)
         word, others = [], []
         for sentence in self.recipe.sentences:
             text = fill(sentence, self.recipe.placeholder)

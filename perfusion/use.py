@@ -10,6 +10,7 @@ from ..textual_inversion.concept import Concept
 from .apply import Applied, applied, overrides
 from .covariance import encoder_fingerprint, precision
 from .file import check_fits
+from .gating import gate_dual_of
 
 log = logging.getLogger("concepts")
 
@@ -57,4 +58,6 @@ def _ready(
     if concept.edit.encoder and concept.edit.encoder != encoder_fingerprint(clip):
         log.warning("%s was learned with another text encoder than this one; it may look less like its photos.",
                     word.placeholder)
-    return taught, applied(concept.edit, precision(clip), word.placeholder, strength=strength, **settings)
+    gate_dual = gate_dual_of(clip, concept) if concept.edit.discerning else None
+    return taught, applied(concept.edit, precision(clip), word.placeholder, strength=strength, gate_dual=gate_dual,
+                           **settings)

@@ -147,7 +147,7 @@ def test_what_is_withheld_is_the_rest():
     c, g = torch.tensor([1.0, 1.0, 0.2, -0.5]), torch.tensor([0.25, 1.5, 0.0, 0.0])
     untouched, given = withheld(c, g, torch.tensor(0.5))
     assert (untouched + given).tolist() == [0.75, 0.0, pytest.approx(0.2), 0.0]
-    assert untouched.tolist() == pytest.approx([0.75 * 0.25, 0.0, 0.2 * 0.5, 0.0])
+    assert untouched.tolist() == pytest.approx([0.75 * 0.25 * 1.5, 0.0, 0.2 * 0.5 * 1.5, 0.0])
 
 
 @law(seeds)

@@ -19,6 +19,7 @@ from concepts_pack.microworld.host import CHECKPOINT
 from concepts_pack.nodes.export_lora import ConceptsExportLora
 from concepts_pack.perfusion.concept import Edit
 from concepts_pack.perfusion.edit import dual_of, rank_one
+from concepts_pack.perfusion.gating import gate_dual_of
 from concepts_pack.perfusion.lora import to_bytes, to_lora
 from concepts_pack.textual_inversion import file as word_file
 from concepts_pack.textual_inversion.concept import Concept, Word
@@ -81,7 +82,7 @@ def test_the_stock_loader_makes_the_target_give_what_was_learned(base):
     made = made_for(model, layers[:1], encoders)
     edit, precision = made.edit, precision_of(len(made.edit.target_input))
     before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
-    lora = to_lora(model, made, precision)
+    lora = to_lora(model, made, made.edit.dual_under(precision))
     attentions = cross_attentions(model.model.diffusion_model)
     dtype = next(attentions[layers[0]].to_k.parameters()).dtype
     probe = torch.stack([edit.target_input, edit.super_input]).to(model.model.get_dtype_inference())
@@ -117,10 +118,11 @@ def test_it_is_made_for_the_weights_with_the_loras_on_them(model):
     key = f"diffusion_model.{name}.attn2.to_v.weight"
     other = model.clone()
     other.add_patches({key: (torch.randn(model.model.state_dict()[key].shape, generator=generator(6)),)}, 0.5)
-    plain, lora = to_lora(model, made, precision), to_lora(other, made, precision)
+    dual = made.edit.dual_under(precision)
+    plain, lora = to_lora(model, made, dual), to_lora(other, made, dual)
     different = [part for part in lora if not torch.equal(lora[part], plain[part])]
     assert len(different) == 1 and different[0].endswith("attn2_to_v.lora_up.weight")
-    assert all(torch.equal(t, plain[part]) for part, t in to_lora(model, made, precision).items())
+    assert all(torch.equal(t, plain[part]) for part, t in to_lora(model, made, made.edit.dual_under(precision)).items())
     attention = cross_attentions(loaded(other, lora).model.diffusion_model)[name]
     torch.testing.assert_close(attention.to_v(made.edit.target_input[None])[0], made.edit.values[name], rtol=4e-3,
                                atol=2e-2)
@@ -140,7 +142,7 @@ def test_weights_stored_in_few_bits(stored, computed):
         unet.diffusion_model.to(stored)
     few = comfy.model_patcher.ModelPatcher(unet, torch.device("cpu"), torch.device("cpu"))
     made, precision = made_for(few), precision_of(WIDTH)
-    lora = to_lora(few, made, precision)
+    lora = to_lora(few, made, made.edit.dual_under(precision))
     name, attention = next(iter(cross_attentions(unet.diffusion_model).items()))
     weight = attention.to_v.weight.float()
     expected = rank_one(weight, made.edit.target_input, made.edit.values[name],
@@ -154,7 +156,8 @@ def test_weights_stored_in_few_bits(stored, computed):
 
 def test_strength_scales_the_change_and_nothing_else(model):
     made, precision = made_for(model), precision_of(WIDTH)
-    whole, half = to_lora(model, made, precision), to_lora(model, made, precision, 0.5)
+    dual = made.edit.dual_under(precision)
+    whole, half = to_lora(model, made, dual), to_lora(model, made, dual, 0.5)
     for name, tensor in whole.items():
         scale = 0.5 if name.endswith("lora_up.weight") else 1.0
         torch.testing.assert_close(half[name].float(), tensor.float() * scale, rtol=1e-3, atol=1e-4)
@@ -163,19 +166,21 @@ def test_strength_scales_the_change_and_nothing_else(model):
 
 def test_the_scale_of_the_covariance_does_not_matter(model):
     made, precision = made_for(model), precision_of(WIDTH)
-    for name, tensor in to_lora(model, made, precision * 1e6).items():
-        torch.testing.assert_close(tensor, to_lora(model, made, precision)[name], rtol=2e-3, atol=1e-4)
+    dual = made.edit.dual_under(precision)
+    for name, tensor in to_lora(model, made, dual * 1e6).items():
+        torch.testing.assert_close(tensor, to_lora(model, made, dual)[name], rtol=2e-3, atol=1e-4)
 
 
 def test_names_are_those_of_kohya(model):
-    names = [name for name in to_lora(model, made_for(model), precision_of(WIDTH)) if not name.startswith("bundle")]
+    made = made_for(model)
+    names = [name for name in to_lora(model, made, made.edit.target_input) if not name.startswith("bundle")]
     assert names and all(name.startswith(("lora_unet_down_blocks_", "lora_unet_mid_block_", "lora_unet_up_blocks_"))
                          and "_attn2_to_" in name for name in names)
 
 
 def test_numbers_that_half_precision_cannot_hold(model):
     with pytest.raises(ValueError, match="<mine> cannot become a LoRA: .*use a strength nearer 0") as error:
-        to_lora(model, made_for(model), precision_of(WIDTH), 1e7)
+        to_lora(model, made_for(model), made_for(model).edit.target_input, 1e7)
     assert "\n" not in str(error.value)
 
 
@@ -184,7 +189,7 @@ def loras(tmp_path, monkeypatch):
     """The LoRA folder, and a covariance that needs no measuring."""
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
     folder_paths.filename_list_cache.pop("loras", None)
-    monkeypatch.setattr("concepts_pack.nodes.export_lora.precision",
+    monkeypatch.setattr("concepts_pack.perfusion.gating.precision",
                         lambda clip: precision_of(sum(widths(clip).values())))
     return tmp_path
 
@@ -207,7 +212,7 @@ def test_node_writes_what_loaders_list(model, clip, loras):
     assert output.result == ("mine.safetensors",) and "mine.safetensors" in output.ui.as_dict()["text"][0]
     assert export(model, clip, made).result == ("mine_2.safetensors",)
     first, second = ((loras / name).read_bytes() for name in ("mine.safetensors", "mine_2.safetensors"))
-    assert first == second == to_bytes(to_lora(model, made, precision_of(WIDTH)), made)
+    assert first == second == to_bytes(to_lora(model, made, gate_dual_of(clip, made)), made)
     assert export(model, clip, made, strength=0.5, overwrite=True).result == ("mine.safetensors",)
     assert (loras / "mine.safetensors").read_bytes() != first
     assert export(model, clip, made, name="people/anna").result == ("people/anna.safetensors",)

@@ -63,24 +63,28 @@ def patched(model, edit, precision, **settings):
     return with_edits(model, [applied(edit, precision, "<mine>", **settings)], overrides)
 
 
-@pytest.mark.parametrize("everywhere", [True, False])
-def test_the_equation_of_the_paper(model, edit, precision, prompts, everywhere):
+@pytest.mark.parametrize(("everywhere", "own_metric"), [(True, False), (False, False), (False, True)])
+def test_the_equation_of_the_paper(model, edit, precision, prompts, everywhere, own_metric):
     """Against equation (3) written with W itself: h = W (e - s i*) + σ((s - β)/τ) o*.
 
-    Unless it acts everywhere, the gate starts from 0 at s = 0.5, and of what it withholds a token keeps the share that
-    the gate is less open to it than to the word, and gets the rest as super-category.
+    Unless it acts everywhere, the gate starts from 0 at s = 0.5, and of what it withholds a token keeps the share
+    (o - g) (2 - o), where o is the gate of the word, and gets the rest as super-category. The gate goes by another
+    metric if it has one.
     """
     context = prompts[0]
-    one = applied(edit, precision, "<mine>", bias=0.6, temperature=0.15, everywhere=everywhere)
+    other = torch.eye(WIDTH) + 0.5 * precision
+    one = applied(edit, precision, "<mine>", bias=0.6, temperature=0.15, everywhere=everywhere,
+                  gate_dual=edit.target_input @ other if own_metric else None)
     attentions = cross_attentions(model.model.diffusion_model)
     layers, met = overrides(attentions, [one])
     inverse, i = precision.double(), edit.target_input.double()
-    s = context.double() @ inverse @ i / (i @ inverse @ i)
-    gate, floor, word = (1 / (1 + torch.exp(-(x - 0.6) / 0.15)) for x in (s, torch.tensor(0.5), torch.ones(())))
+    s, told = (context.double() @ metric @ i / (i @ metric @ i)
+               for metric in (inverse, other.double() if own_metric else inverse))
+    gate, floor, word = (1 / (1 + torch.exp(-(x - 0.6) / 0.15)) for x in (told, torch.tensor(0.5), torch.ones(())))
     own, given = torch.zeros_like(s), torch.zeros_like(s)
     if not everywhere:
         gate, word = torch.relu(gate - floor) / (1 - floor), (word - floor) / (1 - floor)
-        own = torch.relu(s - gate) * torch.relu(word - gate)
+        own = torch.relu(s - gate) * torch.relu(word - gate) * (2 - word)
         given = torch.relu(s - gate) - own
         assert (own > 0.01).any() and (given > 0.01).any()
     with torch.inference_mode(False), torch.no_grad(), overridden(layers):
@@ -292,7 +296,7 @@ def test_weights_of_words(model, clip, precision, weight):
     known = apply_words(clip, Concept((word,), None, BASE), 1.0)
     target, context = (conditioning_of(known, f"a (<mine>:{w}) at sea")[0][0] for w in (1.0, weight))
     edit = edit_of(model, target[0, 2].clone(), presence=0.6)
-    one = applied(edit, precision, "<mine>")
+    one = applied(edit, precision, "<mine>", bias=0.7)
     layers, met = overrides(cross_attentions(model.model.diffusion_model), [one])
     token, i, dual = context[0, 2].double(), edit.target_input.double(), one.dual.double()
     s = token @ dual / (i @ dual)
@@ -302,7 +306,7 @@ def test_weights_of_words(model, clip, precision, weight):
         key = to_k(context)[0, 2].double()
     floor, *gates = (1 / (1 + torch.exp((0.7 - x) / 0.1)) for x in (torch.tensor(0.5).double(), s, torch.ones(())))
     gate, full = (torch.relu(g - floor) / (1 - floor) for g in gates)
-    own = torch.relu(s - gate) * torch.relu(full - gate)
+    own = torch.relu(s - gate) * torch.relu(full - gate) * (2 - full)
     assert (own == 0) == (weight > 1)
     moved = token + (s - own) * (edit.super_input.double() - i)
     torch.testing.assert_close(key, to_k.weight.double() @ moved, rtol=1e-4, atol=1e-4)
