@@ -128,20 +128,21 @@ class EditMethod(WordMethod):
         return with_edits(self.unet, [edit], overrides)
 
     def concept(self, metadata: Mapping[str, str]) -> Concept:
-        return Concept((self.word(),), self.learned_edit(self._gate_dual()), metadata)
+        return Concept((self.word(),), self.learned_edit(), metadata)
 
     def keep(self, concept: Concept, name: str) -> Path:
         return save(concept, unfinished_folder(), name)
 
-    def learned_edit(self, gate_dual: Tensor) -> Edit:
-        """The edit so far, as values of its own, whose gate has the dual `gate_dual` (d)."""
+    def learned_edit(self, gate_dual: Tensor | None = None) -> Edit:
+        """The edit so far, as values of its own; its gate's dual (d) is measured unless it is known."""
         target = self.target_input.detach()
         edit = self._edit(target)
         values, keys = ({name: value.detach().cpu().clone() for name, value in kind.items()}
                         for kind in (edit.values, edit.keys))
+        presence = self._presence(self._gate_dual() if gate_dual is None else gate_dual)
         dual = self._dual(target).cpu() if self.recipe.corpus else None
-        return Edit(target.cpu().clone(), self.super_input.cpu(), values, keys, self._presence(gate_dual), self.encoder,
-                    dual, self.discerning)
+        return Edit(target.cpu().clone(), self.super_input.cpu(), values, keys, presence, self.encoder, dual,
+                    self.discerning)
 
     def _edit(self, target: Tensor) -> Edit:
         own = self._through("to_v", target.detach())
