@@ -1,6 +1,6 @@
 """How near a concept's LoRA is to its gated edit: `python3 dev.py run benchmarks/perfusion_export.py`.
 
-The concepts are those inside the example workflows. Outputs of the key and value layers are compared on the scenes'
+The concepts are those of `perfusion.py`. Outputs of the key and value layers are compared on the scenes'
 prompts, at the concept's token and at the others, as shares of what the edit changes there; pictures of the exported
 LoRA with the concept's word are judged beside those of the edit and of the class word.
 """
@@ -8,8 +8,6 @@ LoRA with the concept's word are judged beside those of the edit and of the clas
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 import comfy.sd
 import numpy as np
@@ -19,39 +17,35 @@ from torch import Tensor
 from ..host.cross_attention import cross_attentions, overridden
 from ..host.lora_names import lora_names
 from ..host.text import encode, ready, word_places
+from ..microworld.data import parallel
 from ..microworld.oracle import load
-from ..microworld.world import concept_photos
+from ..microworld.world import CONCEPTS, concept_photos
 from ..perfusion.apply import applied, overrides
 from ..perfusion.covariance import precision
-from ..perfusion.inline import from_text
+from ..perfusion.gating import gate_dual_of
 from ..perfusion.lora import to_lora
 from ..perfusion.use import apply_concept
 from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
 from .microworld import interval
+from .perfusion import averages, learned
 from .sampling import draw, load_checkpoint
-from .textual_inversion import HERE, REAL_SEED, SCENES, judge
+from .textual_inversion import REAL_SEED, SCENES, judge
+from .timing import keep
 
-EXAMPLE = HERE.parent / "example_workflows" / "perfusion_two_concepts.json"
-BIASES = (0.5, 0.75, 1.0)
+BIASES = (0.6, 0.8, 1.0)
 STRENGTHS = (0.7, 1.0)
-
-
-def concepts() -> dict[str, Concept]:
-    """The example's concepts, by their names in the sample world, whose test split they are from."""
-    nodes = json.loads(EXAMPLE.read_text(encoding="utf-8"))["nodes"]
-    found = [from_text(node["widgets_values"][0]) for node in nodes if node["type"] == "ConceptsInline"]
-    return {f"test {concept.words[0].class_word}": concept for concept in found}
 
 
 @torch.no_grad()
 def layer_differences(base, concept: Concept, bias: float) -> dict[str, float]:
     """|LoRA - edit| ÷ |edit - plain| over all layers and scenes, at the concept's token and at the others."""
     model, clip = base[0], ready(apply_words(base[1], concept, 1.0))
-    (word,), metric = concept.words, precision(base[1])
-    lora, names = to_lora(model, concept, metric), lora_names(model)
+    (word,), gate_dual = concept.words, gate_dual_of(base[1], concept)
+    lora, names = to_lora(model, concept, gate_dual), lora_names(model)
     attentions = cross_attentions(model.model.diffusion_model)
-    edit = applied(concept.edit, metric, word.placeholder, bias=bias)
+    edit = applied(concept.edit, precision(base[1]), word.placeholder, bias=bias,
+                   gate_dual=gate_dual if concept.edit.discerning else None)
     squares: dict[str, np.ndarray] = {}
     for scene, _ in SCENES:
         text = scene.format(word.placeholder)
@@ -82,41 +76,43 @@ def pictures_of(base, concept: Concept, seed: int, cfg: float, label: str, amoun
     if label == "edit":
         model, clip = apply_concept(model, clip, concept, 1.0, bias=amount)
     elif label == "LoRA":
-        lora = to_lora(model, concept, precision(clip))
+        lora = to_lora(model, concept, gate_dual_of(clip, concept))
         model, clip = comfy.sd.load_lora_for_models(model, None, lora, amount, 0)[0], apply_words(clip, concept, 1.0)
     else:
         written = word.class_word
     return draw(model, clip, vae, [scene.format(written) for scene, _ in SCENES], 1000 * seed, cfg=cfg)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cfg", type=float, default=3.0)
-    args = parser.parse_args()
+def one(name: str, seed: int, cfg: float) -> tuple[dict, dict[str, tuple[float, float]]]:
+    """What `layer_differences` finds by bias, and ID and TXT by how the concept is used, for one training."""
     torch.set_num_threads(1)
     oracle, base = load(), load_checkpoint()
+    concept, real = learned(base, name, seed, "locked keys"), torch.from_numpy(concept_photos(name, 24, REAL_SEED)[0])
     variants = [("class word", 0.0), *(("edit", bias) for bias in BIASES), *(("LoRA", s) for s in STRENGTHS)]
-    layers: dict = {}
-    scores: dict[tuple[str, float], list] = {variant: [] for variant in variants}
-    for name, concept in concepts().items():
-        layers[name] = {f"bias {bias}": layer_differences(base, concept, bias) for bias in BIASES}
-        print(name, json.dumps(layers[name], indent=1), flush=True)
-        real = torch.from_numpy(concept_photos(name, 24, REAL_SEED)[0])
-        for seed in range(args.seeds):
-            for variant, found in scores.items():
-                images = pictures_of(base, concept, seed, args.cfg, *variant)
-                found.append(judge(oracle, images, concept.words[0].class_word, real))
-                print(name, seed, *variant, *found[-1], flush=True)
-    result = {
-        "|LoRA - edit| / |edit - plain|": layers,
-        "pictures": {f"{label} {amount}": dict(zip(("ID", "TXT"), map(interval, np.array(found).T), strict=True))
-                     for (label, amount), found in scores.items()},
-        "seeds": args.seeds, "cfg": args.cfg,
-    }
-    text = json.dumps(result, indent=1)
-    Path(HERE / "results" / "perfusion_export.json").write_text(text + "\n")
-    print(text)
+    scores = {}
+    for label, amount in variants:
+        images = pictures_of(base, concept, seed, cfg, label, amount)
+        scores[f"{label} {amount}"] = judge(oracle, images, concept.words[0].class_word, real)
+        print(name, seed, label, amount, *scores[f"{label} {amount}"], flush=True)
+    return {f"bias {bias}": layer_differences(base, concept, bias) for bias in BIASES}, scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--concepts", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--cfg", type=float, default=3.0)
+    args = parser.parse_args()
+    names = [name for name, concept in CONCEPTS.items() if concept.split == args.split][: args.concepts]
+    jobs = [(name, seed, args.cfg) for seed in range(args.seeds) for name in names]
+    found = list(parallel(one, *zip(*jobs, strict=True), workers=args.workers))
+    layers = {bias: averages([differences[bias] for differences, _ in found]) for bias in found[0][0]}
+    pictures = {label: dict(zip(("ID", "TXT"), map(interval, np.array([scores[label] for _, scores in found]).T),
+                                strict=True)) for label in found[0][1]}
+    keep({"|LoRA - edit| / |edit - plain|": layers, "pictures": pictures, "split": args.split, "concepts": names,
+          "seeds": args.seeds, "cfg": args.cfg}, "perfusion_export")
 
 
 if __name__ == "__main__":
