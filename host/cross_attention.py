@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -11,7 +12,7 @@ import torch
 from comfy.hooks import EnumHookScope, HookGroup, TransformerOptionsHook
 from comfy.ldm.modules.attention import BasicTransformerBlock, CrossAttention
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, merge_nested_dicts
 from torch import Tensor
 
 KEY, RUNNING, MET = "concepts", "concepts_running", "concepts_met"
@@ -20,8 +21,10 @@ _known: WeakKeyDictionary[torch.nn.Module, dict[str, CrossAttention]] = WeakKeyD
 
 
 class Applied(Protocol):
-    """One concept on a model: when it acts, in shares of the sampling, and what prompts call it."""
+    """One concept on a model: how strongly and when it acts, in shares of the sampling, and what prompts call
+    it."""
 
+    strength: float
     start: float
     end: float
     placeholder: str
@@ -71,7 +74,8 @@ def with_edits(model: ModelPatcher, edits: Iterable[Applied], overrides: Overrid
     """A clone of `model` whose calls run with the layers overridden as `overrides(attentions, edits)` says.
 
     That returns what `overridden` takes, and a function that tells which edits met their word in the call (a boolean
-    tensor). Edits that several nodes and hooks give to one model meet in one list, so that they can be seen together.
+    tensor). Edits that several nodes and hooks give to one model meet in one list, so that they can be
+    seen together; of one concept the first that acts counts, and those of hooks come first.
     """
     patched = model.clone()
     options = patched.model_options["transformer_options"]
@@ -87,10 +91,23 @@ def edits_on(model: ModelPatcher) -> Sequence[Any]:
     return model.model_options["transformer_options"].get(KEY, ())
 
 
+class EditsHook(TransformerOptionsHook):
+    """Edits whose strength the keyframes of the hook multiply; at 0 the prompt is as if it had no hook.
+
+    The host's own class pays no heed to keyframes (`comfy/hooks.py:263`).
+    """
+
+    def on_apply_hooks(self, model: ModelPatcher, transformer_options: dict[str, Any]) -> None:
+        if self.strength == 0:
+            return
+        edits = [replace(edit, strength=edit.strength * self.strength) for edit in self.transformers_dict[KEY]]
+        merge_nested_dicts(transformer_options, {**self.transformers_dict, KEY: edits}, copy_dict1=False)
+
+
 def hook_of(edits: Sequence[Applied], overrides: Overrides) -> HookGroup:
     """The same for single prompts: a hook on a conditioning."""
     group = HookGroup()
-    group.add(TransformerOptionsHook(
+    group.add(EditsHook(
         {KEY: list(edits), "wrappers": {WrappersMP.APPLY_MODEL: {KEY: [_around_calls(overrides)]}}},
         EnumHookScope.HookedOnly,
     ))
@@ -102,7 +119,8 @@ def _around_calls(overrides: Overrides) -> Callable:
         if transformer_options.get(RUNNING):  # a hook's and the model's own: one runs for both
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         sampling = executor.class_obj.model_sampling
-        edits = [edit for edit in transformer_options.get(KEY, ()) if _acts(edit, sampling, t)]
+        acting = [edit for edit in transformer_options.get(KEY, ()) if _acts(edit, sampling, t)]
+        edits = list({edit.placeholder: edit for edit in reversed(acting)}.values())[::-1]
         layers, met = overrides(cross_attentions(executor.class_obj.diffusion_model), edits)
         with overridden(layers):
             result = executor(x, t, c_concat, c_crossattn, control, {**transformer_options, RUNNING: True}, **kwargs)

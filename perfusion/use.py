@@ -36,7 +36,11 @@ def apply_concept(
 def concept_hook(
     model: ModelPatcher, clip: CLIP, concept: Concept, strength: float, **settings
 ) -> tuple[HookGroup | None, CLIP]:
-    """A hook that gives single prompts the concept, and a clone of `clip` that knows its word."""
+    """A hook that gives single prompts the concept, and a clone of `clip` that knows its word.
+
+    Where the model or another hook gives the prompt the same concept, one of them acts, and a hook before the model.
+    Raises ValueError for a concept of another base.
+    """
     if concept.edit is None:
         return None, apply_words(clip, concept, strength)
     taught, edit = _ready(model, clip, concept, strength, settings)

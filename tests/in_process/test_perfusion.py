@@ -140,10 +140,20 @@ def test_batches_and_lengths_do_not_mix(model, edit, precision, prompts):
     assert torch.isfinite(sample(one, cond(prompts[0]), cond(prompts[1]), cfg=1.0)).all()
 
 
-def test_a_hook_acts_on_its_prompt_alone(model, clip, edit, precision, prompts, monkeypatch):
+@pytest.fixture
+def hook(model, clip, precision, monkeypatch):
+    """Concept as Hook for an edit, with the metric of these tests; gives the hooks."""
     monkeypatch.setattr("concepts_pack.perfusion.use.precision", lambda clip: precision)
-    word = Word("<mine>", "cat", {"clip_l": torch.randn(1, WIDTH, generator=generator(7))})
-    hooks, _ = concept_hook(model, clip, Concept((word,), edit, BASE), 1.0, bias=0.6)
+
+    def make(edit, placeholder="<mine>", strength=1.0, **settings):
+        word = Word(placeholder, "cat", {"clip_l": torch.randn(1, WIDTH, generator=generator(7))})
+        return concept_hook(model, clip, Concept((word,), edit, BASE), strength, **settings)[0]
+
+    return make
+
+
+def test_a_hook_acts_on_its_prompt_alone(model, hook, edit, precision, prompts):
+    hooks = hook(edit, bias=0.6)
     whole = sample(patched(model, edit, precision, bias=0.6), cond(prompts[0]), cond(prompts[1]))
     hooked = sample(model, cond(prompts[0], hooks=hooks), cond(prompts[1]))
     assert near(hooked, whole)
@@ -151,15 +161,84 @@ def test_a_hook_acts_on_its_prompt_alone(model, clip, edit, precision, prompts, 
     assert near(other, sample(model, cond(prompts[1]), cond(prompts[0])))
 
 
-def test_hook_and_model_together_are_one_joint_edit(model, clip, edit, precision, prompts, monkeypatch):
-    monkeypatch.setattr("concepts_pack.perfusion.use.precision", lambda clip: precision)
+def test_hook_and_model_together_are_one_joint_edit(model, hook, edit, precision, prompts):
     second = edit_of(model, prompts[0][0, 4].clone(), seed=8)
-    word = Word("<two>", "grass", {"clip_l": torch.randn(1, WIDTH, generator=generator(7))})
-    hooks, _ = concept_hook(model, clip, Concept((word,), second, BASE), 1.0)
     both = with_edits(model, [applied(edit, precision, "<mine>"), applied(second, precision, "<two>")], overrides)
     expected = sample(both, cond(prompts[0]), cond(prompts[1]))
-    hooked = sample(patched(model, edit, precision), cond(prompts[0], hooks=hooks), cond(prompts[1]))
+    hooked = sample(patched(model, edit, precision), cond(prompts[0], hooks=hook(second, "<two>")), cond(prompts[1]))
     assert near(hooked, expected)
+
+
+def keyed(hooks, *strengths):
+    """The hooks with stock keyframes that change the strength at even shares of the sampling."""
+    from comfy_extras.nodes_hooks import CreateHookKeyframe, SetHookKeyframes
+
+    keyframes = None
+    for number, strength in enumerate(strengths):
+        (keyframes,) = CreateHookKeyframe().create_hook_keyframe(strength, number / len(strengths), keyframes)
+    return SetHookKeyframes().set_hook_keyframes(hooks, keyframes)[0]
+
+
+def alone(model, prompt, hooks=None, **settings):
+    """Without a negative prompt, which the host computes apart from hooked ones."""
+    return sample(model, cond(prompt, **({"hooks": hooks} if hooks else {})), cond(prompt), cfg=1.0, **settings)
+
+
+def test_keyframes_multiply_the_strength(model, hook, edit, prompts):
+    hooks = hook(edit, strength=0.8)
+    none, half, one = (alone(model, prompts[0], keyed(hooks, strength)) for strength in (0.0, 0.5, 1.0))
+    assert torch.equal(none, alone(model, prompts[0]))
+    assert torch.equal(one, alone(model, prompts[0], hooks)) and not torch.equal(one, none)
+    assert near(half, alone(model, prompts[0], hook(edit, strength=0.4))) and not near(half, one)
+
+
+@pytest.mark.parametrize(("strengths", "times"), [((0.0, 1.0), {"start": 0.5}), ((1.0, 0.0), {"end": 0.5})])
+def test_keyframes_switch_at_their_step(model, hook, edit, prompts, strengths, times):
+    switched = keyed(hook(edit), *strengths)
+    expected = alone(model, prompts[0], hook(edit, **times), steps=4)
+    for _ in range(2):  # the host keeps hooks and their keyframes from one sampling to the next
+        assert torch.equal(alone(model, prompts[0], switched, steps=4), expected)
+    assert not torch.equal(expected, alone(model, prompts[0], hook(edit), steps=4))
+    assert not torch.equal(expected, alone(model, prompts[0], steps=4))
+
+
+def test_the_same_concept_twice_acts_once(model, hook, edit, precision, prompts):
+    from comfy_extras.nodes_hooks import CombineHooks
+
+    one, other = hook(edit, bias=0.6), hook(replace(edit), bias=0.9)
+    expected = alone(model, prompts[0], one)
+    assert torch.equal(alone(model, prompts[0], CombineHooks().combine_hooks(one, other)[0]), expected)
+    assert torch.equal(alone(patched(model, edit, precision, bias=0.9), prompts[0], one), expected)
+    assert not torch.equal(alone(model, prompts[0], other), expected)
+
+
+def test_two_concepts_of_one_hook_group_under_masks(model, hook, edit, prompts):
+    """Both prompts are computed at once; each meets its own concept alone."""
+    from comfy_extras.nodes_hooks import CombineHooks, ConditioningSetProperties
+
+    second = edit_of(model, prompts[1][0, 4].clone(), seed=8)
+    left = torch.zeros(1, 64, 64)
+    left[..., :32] = 1
+    one, two = hook(edit), hook(second, "<two>")
+
+    def scene(*hooks):
+        return [entry for prompt, mask, group in zip(prompts, (left, 1 - left), hooks, strict=True)
+                for entry in ConditioningSetProperties().set_properties(cond(prompt), 1.0, "default", mask, group)[0]]
+
+    both = CombineHooks().combine_hooks(one, two)[0]
+    together, apart, plain = (sample(model, scene(*hooks), cond(prompts[1] * 0.5))
+                              for hooks in ((both, both), (one, two), (None, None)))
+    assert near(together, apart) and not near(together, plain)
+
+
+def test_a_word_twice_in_a_prompt(model, edit, precision, prompts):
+    """Both tokens get the keys and values that the word gets alone."""
+    context = prompts[1].clone()
+    context[0, [2, 9]] = edit.target_input
+    layers, _ = overrides(cross_attentions(model.model.diffusion_model), [applied(edit, precision, "<mine>")])
+    with torch.inference_mode(), overridden(layers):
+        for layer in layers:
+            torch.testing.assert_close(layer(context)[0, [2, 9]], layer(prompts[0])[0, [2, 2]])
 
 
 def test_a_concept_with_a_metric_of_its_own(model, edit, precision, prompts):
