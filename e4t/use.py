@@ -7,18 +7,26 @@ from ..textual_inversion.concept import Concept
 from .difference import Difference
 from .domain import Domain
 
+TUNED = "concepts_tuned"
+
 
 def apply_tuned(model: ModelPatcher, clip: CLIP, concept: Concept, strength: float) -> tuple[ModelPatcher, CLIP]:
     """Clones of `model` and `clip` that know a concept with a difference; at strength 0 the two themselves.
 
-    Raises ValueError for a concept of another base.
+    Raises ValueError for a concept of another base, or one that the model already has.
     """
     if strength == 0:
         return model, clip
-    _check_fits(concept.words[0].placeholder, concept.metadata.get("modelspec.base_model", "another base"), model,
+    placeholder, tuned = concept.words[0].placeholder, model.get_attachment(TUNED) or ()
+    if placeholder in tuned:
+        raise ValueError(f"{placeholder} is already on this model; apply each concept once, and raise its strength for "
+                         "more of it.")
+    _check_fits(placeholder, concept.metadata.get("modelspec.base_model", "another base"), model,
                 {**{layer: (len(o.left), o.right.shape[1]) for layer, o in concept.edit.offsets.items()},
                  **{layer: (len(f.up), f.down.shape[1]) for layer, f in concept.edit.added.items()}})
-    return with_difference(model, concept.edit, strength), apply_words(clip, concept, strength)
+    patched = with_difference(model, concept.edit, strength)
+    patched.set_attachments(TUNED, (*tuned, placeholder))
+    return patched, apply_words(clip, concept, strength)
 
 
 def apply_offsets(model: ModelPatcher, domain: Domain, strength: float) -> ModelPatcher:

@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -11,7 +12,7 @@ import torch
 from comfy.hooks import EnumHookScope, HookGroup, TransformerOptionsHook
 from comfy.ldm.modules.attention import BasicTransformerBlock, CrossAttention
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, merge_nested_dicts
 from torch import Tensor
 
 KEY, RUNNING, MET = "concepts", "concepts_running", "concepts_met"
@@ -20,11 +21,14 @@ _known: WeakKeyDictionary[torch.nn.Module, dict[str, CrossAttention]] = WeakKeyD
 
 
 class Applied(Protocol):
-    """One concept on a model: when it acts, in shares of the sampling, and what prompts call it."""
+    """One concept on a model: how strongly and when it acts, in shares of the sampling, what prompts call it, and how
+    much of it a prompt must hold."""
 
+    strength: float
     start: float
     end: float
     placeholder: str
+    presence: float
 
 
 Overrides = Callable[[Mapping[str, CrossAttention], Sequence[Any]], tuple[Mapping[torch.nn.Module, Callable], Callable]]
@@ -70,8 +74,9 @@ def _overridden(layer: torch.nn.Module, override: Callable) -> Iterator[None]:
 def with_edits(model: ModelPatcher, edits: Iterable[Applied], overrides: Overrides) -> ModelPatcher:
     """A clone of `model` whose calls run with the layers overridden as `overrides(attentions, edits)` says.
 
-    That returns what `overridden` takes, and a function that tells which edits met their word in the call (a boolean
-    tensor). Edits that several nodes and hooks give to one model meet in one list, so that they can be seen together.
+    That returns what `overridden` takes, and a function that tells how much of each edit's concept the prompts of the
+    call held (a tensor). Edits that several nodes and hooks give to one model meet in one list, so that they can be
+    seen together; of one concept the first that acts counts, and those of hooks come first.
     """
     patched = model.clone()
     options = patched.model_options["transformer_options"]
@@ -87,10 +92,23 @@ def edits_on(model: ModelPatcher) -> Sequence[Any]:
     return model.model_options["transformer_options"].get(KEY, ())
 
 
+class EditsHook(TransformerOptionsHook):
+    """Edits whose strength the keyframes of the hook multiply; at 0 the prompt is as if it had no hook.
+
+    The host's own class pays no heed to keyframes (`comfy/hooks.py:263`).
+    """
+
+    def on_apply_hooks(self, model: ModelPatcher, transformer_options: dict[str, Any]) -> None:
+        if self.strength == 0:
+            return
+        edits = [replace(edit, strength=edit.strength * self.strength) for edit in self.transformers_dict[KEY]]
+        merge_nested_dicts(transformer_options, {**self.transformers_dict, KEY: edits}, copy_dict1=False)
+
+
 def hook_of(edits: Sequence[Applied], overrides: Overrides) -> HookGroup:
     """The same for single prompts: a hook on a conditioning."""
     group = HookGroup()
-    group.add(TransformerOptionsHook(
+    group.add(EditsHook(
         {KEY: list(edits), "wrappers": {WrappersMP.APPLY_MODEL: {KEY: [_around_calls(overrides)]}}},
         EnumHookScope.HookedOnly,
     ))
@@ -102,12 +120,13 @@ def _around_calls(overrides: Overrides) -> Callable:
         if transformer_options.get(RUNNING):  # a hook's and the model's own: one runs for both
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         sampling = executor.class_obj.model_sampling
-        edits = [edit for edit in transformer_options.get(KEY, ()) if _acts(edit, sampling, t)]
-        layers, met = overrides(cross_attentions(executor.class_obj.diffusion_model), edits)
+        acting = [edit for edit in transformer_options.get(KEY, ()) if _acts(edit, sampling, t)]
+        edits = list({edit.placeholder: edit for edit in reversed(acting)}.values())[::-1]
+        layers, held = overrides(cross_attentions(executor.class_obj.diffusion_model), edits)
         with overridden(layers):
             result = executor(x, t, c_concat, c_crossattn, control, {**transformer_options, RUNNING: True}, **kwargs)
         if MET in transformer_options:
-            transformer_options[MET].append((edits, met()))
+            transformer_options[MET].append((edits, held()))
         return result
 
     return around
@@ -120,7 +139,7 @@ def _acts(edit: Applied, sampling: torch.nn.Module, sigma: Tensor) -> bool:
 
 
 def _watch(executor, *args, **kwargs):
-    """Says after sampling which concepts no prompt named."""
+    """Says after sampling which concepts did nothing, and why."""
     options = executor.class_obj.model_options["transformer_options"]
     met: deque[tuple[Sequence[Applied], Tensor]] = deque()  # a list would be copied with the options
     options[MET] = met
@@ -128,8 +147,16 @@ def _watch(executor, *args, **kwargs):
         result = executor(*args, **kwargs)
     finally:
         options.pop(MET, None)
-    seen = {id(edit) for edits, flags in met for edit, flag in zip(edits, flags.tolist(), strict=True) if flag}
-    for edit in options.get(KEY, ()):
-        if id(edit) not in seen:
-            log.warning("No prompt of this picture has %s in it, so the concept did nothing.", edit.placeholder)
+    most: dict[str, float] = {}
+    for edits, held in met:
+        for edit, amount in zip(edits, held.tolist(), strict=True):
+            most[edit.placeholder] = max(amount, most.get(edit.placeholder, amount))
+    for edit in options.get(KEY, ()) if met else ():
+        if edit.placeholder not in most:
+            log.warning("No step of this sampling lies between the start (%.2f) and end (%.2f) of %s, so the concept "
+                        "did nothing; set them wider.", edit.start, edit.end, edit.placeholder)
+        elif most[edit.placeholder] < edit.presence:
+            log.warning("No prompt of this picture has enough of %s in it (at most %.2f, and it takes %.2f), so the "
+                        "concept did nothing; write it, or raise its weight.", edit.placeholder,
+                        most[edit.placeholder], edit.presence)
     return result

@@ -41,6 +41,11 @@ class Applied:
     everywhere: bool = False
     gate_dual: Tensor | None = None
 
+    @property
+    def presence(self) -> float:
+        """The similarity to i* that some token of a prompt must reach."""
+        return float("-inf") if self.everywhere else self.edit.presence
+
 
 def applied(edit: Edit, precision: Tensor, placeholder: str, **settings) -> Applied:
     """An edit ready for models whose text encoder has the precision C⁻¹ (d d)."""
@@ -52,13 +57,13 @@ def overrides(
 ) -> tuple[dict[nn.Module, Callable], Callable[[], Tensor]]:
     """What the key and value layers compute instead under `edits` during one call, for `host.cross_attention`."""
     if not edits:
-        return {}, lambda: torch.zeros(0, dtype=torch.bool)
+        return {}, lambda: torch.zeros(0)
     call = Call(list(attentions), edits)
     layers: dict[nn.Module, Callable] = {}
     for name, attention in attentions.items():
         layers[attention.to_k] = partial(call.keys, name)
         layers[attention.to_v] = partial(call.values, name)
-    return layers, call.met
+    return layers, call.most
 
 
 class Call:
@@ -73,9 +78,9 @@ class Call:
         if encodings is not None:
             self.only = self._amounts(encodings)
 
-    def met(self) -> Tensor:
-        """Which concepts occurred in any prompt (j)."""
-        return torch.stack(self.seen).any(0) if self.seen else torch.zeros(len(self.edits), dtype=torch.bool)
+    def most(self) -> Tensor:
+        """The highest similarity of a token to each concept, over all prompts (j)."""
+        return torch.stack(self.seen).amax(0) if self.seen else torch.zeros(len(self.edits))
 
     def keys(self, name: str, forward: Callable, encodings: Tensor) -> Tensor:
         """Locked keys: o*_K = W_K·(super-category), whatever the model's weights are now."""
@@ -110,8 +115,9 @@ class Call:
             self._move(encodings.device)
         if id(encodings) not in self.known:
             s, told = (similarity(encodings.float(), self.inputs, dual) for dual in (self.dual, self.gate_dual))
-            present = told.amax(1, keepdim=True) >= self.presence
-            self.seen.append(present.flatten(0, 1).any(0))
+            most = told.amax(1, keepdim=True)
+            self.seen.append(most.amax((0, 1)))
+            present = most >= self.presence
             c = components(s, self.inputs, self.dual, present.expand_as(s))
             published, kin = gate(s, self.bias, self.temperature), gate_of_kin(told, self.bias, self.temperature)
             g = torch.where(self.everywhere, published, kin) * present
@@ -138,7 +144,6 @@ class Call:
         sizes = [len(edits[0].values[name]) for name in self.layers]
         self.learned = dict(zip(self.layers, values.split(sizes, 1), strict=True))
         self.bias, self.temperature, self.presence, self.strength, self.key_strength = torch.tensor([
-            [a.bias, a.temperature, float("-inf") if a.everywhere else a.edit.presence, a.strength, a.key_strength]
-            for a in self.edits
+            [a.bias, a.temperature, a.presence, a.strength, a.key_strength] for a in self.edits
         ]).T.to(device)
         self.everywhere = torch.tensor([a.everywhere for a in self.edits], device=device)

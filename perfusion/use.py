@@ -21,7 +21,8 @@ def apply_concept(
     """Clones of `model` and `clip` that know `concept`; at strength 0 the two themselves.
 
     `settings` are those of `perfusion.apply.Applied`; a concept that is only a word has no use for them.
-    Raises ValueError for a concept of another base, or one that the model already has.
+    Raises ValueError for a concept of another base, one that the model already has, or a start that is not before the
+    end.
     """
     if strength == 0:
         return model, clip
@@ -37,7 +38,11 @@ def apply_concept(
 def concept_hook(
     model: ModelPatcher, clip: CLIP, concept: Concept, strength: float, **settings
 ) -> tuple[HookGroup | None, CLIP]:
-    """A hook that gives single prompts the concept, and a clone of `clip` that knows its word."""
+    """A hook that gives single prompts the concept, and a clone of `clip` that knows its word.
+
+    Where the model or another hook gives the prompt the same concept, one of them acts, and a hook before the model.
+    Raises ValueError for a concept of another base, or a start that is not before the end.
+    """
     if concept.edit is None:
         return None, apply_words(clip, concept, strength)
     taught, edit = _ready(model, clip, concept, strength, settings)
@@ -59,5 +64,8 @@ def _ready(
         log.warning("%s was learned with another text encoder than this one; it may look less like its photos.",
                     word.placeholder)
     gate_dual = gate_dual_of(clip, concept) if concept.edit.discerning else None
-    return taught, applied(concept.edit, precision(clip), word.placeholder, strength=strength, gate_dual=gate_dual,
-                           **settings)
+    edit = applied(concept.edit, precision(clip), word.placeholder, strength=strength, gate_dual=gate_dual, **settings)
+    if edit.start >= edit.end:
+        raise ValueError(f"{word.placeholder} would never act: its start ({edit.start:.2f}) is not before its end "
+                         f"({edit.end:.2f}); set the start lower or the end higher.")
+    return taught, edit

@@ -1,5 +1,6 @@
 """Concepts tuned on toys: where they start, what they learn, and that they are used as they were learned."""
 
+from dataclasses import replace
 from functools import partial
 
 import folder_paths
@@ -147,6 +148,15 @@ def test_strength_zero_is_the_model_itself(domain, photos, model, clip, vae):
     assert apply_offsets(model, domain, 0.0) is model
     assert apply_offsets(model, domain, 0.5).patches.keys() == {
         f"diffusion_model.{layer}.weight" for layer in domain.offsets}
+
+
+def test_a_concept_on_the_model_is_refused_again(domain, photos, model, clip, vae):
+    concept = whole(domain, photos, model, clip, vae, 0)
+    tuned, taught = apply_tuned(model, clip, concept, 0.5)
+    with pytest.raises(ValueError, match="<mine> is already on this model; apply each concept once") as error:
+        apply_tuned(tuned.clone(), taught, replace(concept), 0.5)
+    assert "\n" not in str(error.value)
+    apply_tuned(model, clip, concept, 0.5)
 
 
 def test_another_base_is_one_sentence(domain, photos, model, clip, vae, other_base):

@@ -169,13 +169,13 @@ def test_keys_of_an_edited_model_are_not_edited(model, clip):
     values = {name: torch.randn(out, generator=draw) for name, (_, out) in sizes(model).items()}
     edit = applied(Edit(target, keys_of(positive)[0, 4], values, presence=0.999), torch.eye(WIDTH), "<mine>")
     attentions = cross_attentions(model.model.diffusion_model)
-    layers, met = overrides(attentions, [edit])
+    layers, most = overrides(attentions, [edit])
     with torch.inference_mode(), overridden(layers):
         attention = next(iter(attentions.values()))
         for layer, context in ((attention.to_k, keys_of(positive)), (attention.to_v, positive[0][0])):
             same = torch.equal(layer(context), torch.nn.functional.linear(context, layer.weight))
             assert same == (layer is attention.to_k)
-    assert met().tolist() == [True]
+    assert most().item() >= edit.presence
     patched, negative = with_edits(model, [edit], overrides), conditioning_of(clip, "")
     results = [sample(patched, prompt, negative) for prompt in (positive, conditioning_of(known, text))]
     assert not torch.equal(*results) and not torch.equal(results[0], sample(model, positive, negative))
