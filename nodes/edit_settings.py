@@ -9,7 +9,7 @@ def edit_settings() -> list[io.Input]:
     """The slider from fidelity to prompt, and what an artist rarely touches. They do nothing for a plain word."""
     return [
         io.Float.Input("bias", default=BIAS, min=-1.0, max=2.0, step=0.01, optional=True, tooltip=(
-            "From most like the photos (0.7 and below) to exactly what the prompt says (1.3), for a Perfusion concept; "
+            "From most like the photos (0.8 and below) to exactly what the prompt says (1.3), for a Perfusion concept; "
             "words and tuned models have no such slider. Prompts need not be encoded again."
         )),
         io.Float.Input("temperature", default=TEMPERATURE, min=0.01, max=1.0, step=0.01, optional=True, advanced=True,
