@@ -190,6 +190,9 @@ def test_only_a_cancelled_training_is_trained_again(training):
     assert len(losses["loss"]) < 40
     stopped = widgets | {"preset": own(steps=40)}
     assert node.fingerprint_inputs(**stopped) != before == node.fingerprint_inputs(**widgets)
+    linked = {"init_text": (None,), "captions": (None,), "preset": own(steps=40) | {"learning_rate": (None,)}}
+    assert node.fingerprint_inputs(**stopped | linked) == node.fingerprint_inputs(**stopped)
+    assert node.fingerprint_inputs(**widgets | {"init_text": (None,)}) == before
 
 
 @pytest.mark.parametrize(("widget", "value", "complaint"), [
