@@ -21,7 +21,7 @@ from .word import PLACEHOLDER, check_placeholder
 LAYOUTS = {"ComfyUI, A1111, kohya": ".safetensors", "diffusers": ".safetensors", "diffusers (.bin)": ".bin",
            "A1111 (.pt)": ".pt"}
 DEFAULT_LAYOUT = next(iter(LAYOUTS))
-ENDINGS = (".safetensors", ".pt", ".bin")
+ENDINGS = (".safetensors", ".pt", ".bin")  # in the order in which the host looks for embedding:name
 SINGLE = "emb_params"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LONGEST = 75  # vectors that fit one section of a prompt
@@ -130,11 +130,18 @@ def checked_name(name: str) -> str:
 
 
 def free_path(folder: Path, name: str, ending: str, overwrite: bool) -> Path:
-    """Where to write a file of this name: one that is taken gets a counter unless `overwrite`."""
-    path, number = folder / f"{name}{ending}", 2
-    while os.path.exists(path) and not overwrite:  # False where the disk refuses to say
-        path, number = folder / f"{name}_{number}{ending}", number + 1
-    return path
+    """Where to write a file of this name: one that is taken, with whatever ending, gets a counter unless `overwrite`.
+
+    Raises ValueError when the file of an ending that programs prefer would hide the one to write.
+    """
+    free, number = name, 2
+    while not overwrite and any(os.path.exists(folder / f"{free}{other}") for other in ENDINGS):
+        free, number = f"{name}_{number}", number + 1  # exists is False where the disk refuses to say
+    for other in ENDINGS[:ENDINGS.index(ending)]:
+        if os.path.exists(folder / f"{free}{other}"):
+            raise ValueError(f"There is a {free}{other} too, which programs would go on loading instead of "
+                             f"{free}{ending}; remove it first or choose another name.")
+    return folder / f"{free}{ending}"
 
 
 def _placeholder(name: str) -> str:

@@ -60,6 +60,18 @@ def test_taken_names_are_kept(tmp_path):
     assert sorted(p.name for p in (tmp_path / "people").iterdir()) == sorted(names)
 
 
+def test_a_name_means_one_file_whatever_its_ending(tmp_path):
+    for layout, name in (("A1111 (.pt)", "mine.pt"), ("diffusers (.bin)", "mine_2.bin"),
+                         ("diffusers", "mine_3.safetensors")):
+        path = save(concept(), tmp_path, "mine", layout=layout)
+        assert path.name == name and comfy.sd1_clip.load_embed(path.stem, str(tmp_path), 32, "clip_l") is not None
+    assert save(concept(), tmp_path, "mine_3", overwrite=True).name == "mine_3.safetensors"
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="There is a mine.pt too, .* instead of mine.bin; remove it first"):
+        save(concept(), tmp_path, "mine", overwrite=True, layout="diffusers (.bin)")
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("name", ["", " ", "../up", "a/../b", "/etc/x", "a b", "a,b", "a:b", "<a>", "a\\b", ".x"])
 def test_names_that_prompts_could_not_use(name):
     with pytest.raises(ValueError, match="cannot name a file"):
