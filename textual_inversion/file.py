@@ -125,7 +125,8 @@ def checked_name(name: str) -> str:
     name = name.strip()
     name = next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
     if not NAME.fullmatch(name) or any(part.startswith(".") for part in name.split("/")):
-        raise ValueError(f"{name!r} cannot name a file: use letters, digits, - and _, and / for a subfolder.")
+        raise ValueError(f"{name!r} cannot name a file: give 'name' letters, digits, - and _, and / for a "
+                         "subfolder.")
     return name
 
 
