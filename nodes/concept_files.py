@@ -184,6 +184,9 @@ class ConceptsBundle(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept: ConceptValue, lora: str, name: str, overwrite: bool) -> io.NodeOutput:
+        if concept.edit is not None:
+            raise ValueError(f"{concept.words[0].placeholder} is more than the word that fits into a LoRA; use Export "
+                             "Concept as LoRA for a Perfusion concept, or Save Concept.")
         folder = loras_folder()
         path = file.bundle(concept, file_path("loras", lora), folder, name, overwrite)
         saved = path.relative_to(folder).as_posix()

@@ -13,9 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from concepts_pack.e4t.difference import Difference
 from concepts_pack.host import folders
 from concepts_pack.host.cross_attention import cross_attentions
-from concepts_pack.nodes.concept_files import ConceptsLoad, ConceptsSave
+from concepts_pack.nodes.concept_files import ConceptsBundle, ConceptsLoad, ConceptsSave
 from concepts_pack.perfusion.concept import Edit
 from concepts_pack.perfusion.file import (
     LARGEST,
@@ -435,6 +436,13 @@ def test_nodes_save_and_load_both_kinds(models):
         ConceptsLoad.execute(name="concepts/gone.safetensors", placeholder="")
     with pytest.raises(ValueError, match="layout 'diffusers' is for learned words, and <mine> is more than a word"):
         ConceptsSave.execute(concept=concept(), name="mine", overwrite=False, layout="diffusers")
+
+
+@pytest.mark.parametrize("edit", [concept().edit, Difference({}, {})])
+def test_what_is_more_than_a_word_is_not_saved_in_a_lora(models, edit):
+    with pytest.raises(ValueError, match="<mine> is more than the word that fits into a LoRA; use Export Concept as"):
+        ConceptsBundle.execute(concept=replace(concept(), edit=edit), lora="style.safetensors", name="x",
+                               overwrite=True)
 
 
 def test_an_embedding_in_a_folder_called_concepts_keeps_its_name(models):
