@@ -445,6 +445,15 @@ def test_what_is_more_than_a_word_is_not_saved_in_a_lora(models, edit):
                                overwrite=True)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_saved_word_takes_no_entry_of_another_concept(models, overwrite):
+    ConceptsSave.execute(concept=concept(placeholder="<edit>"), name="pb", overwrite=False)
+    with pytest.raises(ValueError, match="as concepts/name, so a word cannot be called 'concepts/pb'"):
+        ConceptsSave.execute(concept=Concept(concept().words), name=" concepts/pb", overwrite=overwrite)
+    assert listed() == ["concepts/pb.safetensors"]
+    assert ConceptsLoad.execute(name="concepts/pb.safetensors", placeholder="").result[1] == "<edit>"
+
+
 def test_an_embedding_in_a_folder_called_concepts_keeps_its_name(models):
     """Workflows saved before there were concept files may name it."""
     word_file.save(Concept(concept(placeholder="<word>").words), models / "embeddings", "concepts/mine")
