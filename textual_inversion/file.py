@@ -25,7 +25,7 @@ ENDINGS = (".safetensors", ".pt", ".bin")  # in the order in which the host look
 SINGLE = "emb_params"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LONGEST = 75  # vectors that fit one section of a prompt
-NAME = re.compile(r"[^\s,:<>\[\]()\"|?*\\/]+(/[^\s,:<>\[\]()\"|?*\\/]+)*")
+NAME = re.compile(r"[^\s\x00-\x1f,:<>\[\]()\"|?*\\/]+(/[^\s\x00-\x1f,:<>\[\]()\"|?*\\/]+)*")
 
 
 def to_bytes(concept: Concept, layout: str = DEFAULT_LAYOUT) -> bytes:
