@@ -26,6 +26,7 @@ SINGLE = "emb_params"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LONGEST = 75  # vectors that fit one section of a prompt
 NAME = re.compile(r"[^\s\x00-\x1f,:<>\[\]()\"|?*\\/]+(/[^\s\x00-\x1f,:<>\[\]()\"|?*\\/]+)*")
+NOT_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
 
 
 def to_bytes(concept: Concept, layout: str = DEFAULT_LAYOUT) -> bytes:
@@ -127,6 +128,10 @@ def checked_name(name: str) -> str:
     if not NAME.fullmatch(name) or any(part.startswith(".") for part in name.split("/")):
         raise ValueError(f"{name!r} cannot name a file: give 'name' letters, digits, - and _, and / for a "
                          "subfolder.")
+    for part in name.split("/"):
+        if NOT_ON_WINDOWS.fullmatch(part):
+            raise ValueError(f"Windows cannot open anything called {part!r}, and files are shared; choose another "
+                             "name.")
     return name
 
 

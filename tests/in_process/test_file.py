@@ -79,6 +79,18 @@ def test_names_that_prompts_could_not_use(name):
         checked_name(name)
 
 
+@pytest.mark.parametrize("name", ["CON", "aux", "sub/nul", "Lpt9/cat", "com1.txt", "con.safetensors", "cat.", "cats./a",
+                                  "nul.a.pt", "..."])
+def test_names_that_windows_could_not_open(name):
+    with pytest.raises(ValueError, match="Windows cannot open anything called|cannot name a file"):
+        checked_name(name)
+
+
+@pytest.mark.parametrize("name", ["cone", "com", "com10", "my.aux", "aux-cable", "people/conny", "v1.5"])
+def test_names_that_only_look_like_those(name):
+    assert checked_name(name) == name
+
+
 def test_other_embeddings_load(tmp_path):
     save_file({"whatever": torch.ones(768).half()}, tmp_path / "foreign.safetensors")
     word, = load(tmp_path / "foreign.safetensors").words
