@@ -4,6 +4,7 @@ import json
 import os
 import re
 import struct
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,9 @@ def free_path(folder: Path, name: str, ending: str, overwrite: bool) -> Path:
 
 def _placeholder(name: str) -> str:
     """The name in a file as prompts can write it: <my-cat> for 'my cat', and <cat> as it is."""
-    return name if PLACEHOLDER.fullmatch(name) and name.startswith("<") else f"<{re.sub('[^A-Za-z0-9_-]+', '-', name)}>"
+    name = unicodedata.normalize("NFC", name)  # as keyboards write it; some disks take é apart
+    one_word = re.sub(r"[^\w-]+", "-", name)
+    return name if PLACEHOLDER.fullmatch(name) and name.startswith("<") else f"<{one_word}>"
 
 
 def _checked(file: str, name: str, vectors: Tensor) -> Tensor:

@@ -99,6 +99,15 @@ def test_other_embeddings_load(tmp_path):
     assert load(tmp_path / "foreign.safetensors", "<x>").words[0].placeholder == "<x>"
 
 
+@pytest.mark.parametrize(("name", "placeholder"), [
+    ("猫", "<猫>"), ("犬", "<犬>"), ("белый кот", "<белый-кот>"), ("e\u0301te\u0301", "<été>"),
+    ("my cat (1)", "<my-cat-1->"),
+])
+def test_foreign_files_are_called_by_their_names(tmp_path, name, placeholder):
+    save_file({"emb_params": torch.ones(1, 768)}, tmp_path / f"{name}.safetensors")
+    assert load(tmp_path / f"{name}.safetensors").words[0].placeholder == placeholder
+
+
 @pytest.mark.parametrize(("tensors", "complaint"), [
     ({"a": torch.ones(3), "b": torch.ones(3)}, "not an embedding: it holds 2 tensors"),
     ({"emb_params": torch.ones(1, 2, 3)}, r"shape \(1, 2, 3\)"),
