@@ -87,7 +87,7 @@ def _parameters(kept: Any) -> dict[str, Any]:
 def _one(file: str, tensors: Mapping[str, Any], metadata: dict[str, str]) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{file} holds no embedding.")
-    if any("lora" in str(key) for key in tensors):
+    if len(tensors) > 1 and any("lora" in str(key) for key in tensors):
         raise ValueError(f"{file} is a LoRA and holds no learned words; use Load LoRA.")
     if len(tensors) > 1:
         raise ValueError(f"{file} is not an embedding: it holds {len(tensors)} tensors, "

@@ -183,6 +183,8 @@ def test_words_bundled_in_a_lora(tmp_path):
     assert torch.equal(cat.vectors["clip_l"], VECTORS) and dog.vectors.keys() == {"clip_l", "clip_g"}
     with pytest.raises(ValueError, match=r"holds 2 words \(cat, dog\); leave the placeholder empty"):
         load(tmp_path / "lora.safetensors", "<mine>")
+    save_file({"<flora>": VECTORS}, tmp_path / "flora.safetensors")
+    assert load(tmp_path / "flora.safetensors").words[0].placeholder == "<flora>"
     save_file(lora, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="lora.safetensors is a LoRA and holds no learned words; use Load LoRA"):
         load(tmp_path / "lora.safetensors")
