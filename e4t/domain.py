@@ -15,7 +15,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..textual_inversion.file import parsed, require_format, single_precision, with_metadata, write_named
+from ..textual_inversion.file import (
+    checked_name,
+    parsed,
+    require_format,
+    single_precision,
+    with_metadata,
+    write_named,
+)
 from ..training.disk import read_whole
 from .encoder import Encoder, Shape
 from .imported import IMPORTED, ImportedEncoder
@@ -75,6 +82,14 @@ def to_bytes(domain: Domain) -> bytes:
     )
     from_bytes(data, domain.word)  # what could not be read again is not written
     return data
+
+
+def file_name(name: str, word: str) -> str:
+    """What to call the file of a domain of `word`: `name`, or where that is empty the word, with - for its spaces.
+
+    Raises ValueError for what cannot name a file.
+    """
+    return checked_name(name.strip() or "-".join(word.split()))
 
 
 def save(domain: Domain, folder: Path, name: str, overwrite: bool = False) -> Path:

@@ -26,7 +26,7 @@ from ..host.checkpoints import load_checkpoint, load_clip_vision
 from ..host.clip_vision import Vision
 from ..host.copies import fingerprint, private_copies
 from ..host.cross_attention import sizes
-from ..host.folders import domains_folder, states_folder
+from ..host.folders import DOMAINS, domains_folder, free_name, states_folder
 from ..host.objective import timestep_count
 from ..host.pictures import is_empty, vae_encode
 from ..host.sockets import CLIP, VAE, ModelPatcher
@@ -35,7 +35,7 @@ from ..host.unet_features import unet_features
 from ..host.weight_offsets import matrix_shapes
 from ..perfusion.covariance import precision
 from ..training.states import States
-from .domain import Domain, load, save, to_bytes
+from .domain import ENDING, Domain, file_name, load, save, to_bytes
 from .encoder import Encoder, Shape
 from .method import Predictor
 from .offsets import Offset, new_offsets
@@ -341,6 +341,8 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
     model, clip, vae = checkpoint
     if is_empty(vae):
         raise ValueError(f"{args.checkpoint.name} has no VAE, which the pictures are encoded with.")
+    name = file_name(args.name, args.word)
+    output, name = (args.output, name) if args.output else (domains_folder(), free_name(DOMAINS, name, ENDING))
     workers = Workers()
     work = args.work or states_folder()
     vision = Vision(load_clip_vision(args.clip_vision)) if args.clip_vision else None
@@ -357,7 +359,6 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
     if workers.first:
         log.info("%d subjects in %d views; %d pictures could not be read.", *samples.latents.shape[:2],
                  samples.unreadable)
-    output, name = args.output or domains_folder(), args.name or args.word
 
     def keep(so_far: Domain) -> None:
         save(so_far, output, f"{name}-unfinished", overwrite=True)

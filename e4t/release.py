@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, linear
 
-from ..training.disk import read_safetensors
+from ..training.disk import read_pickle, read_safetensors
 
 LARGEST_CONFIG = 2**20  # bytes; the released one has 374
 WRAPPERS = re.compile(r"^((module|_orig_mod|e4t_encoder|unet)\.)+")  # before a name, where a wrapped module was saved
@@ -245,12 +245,7 @@ def _file(folder: Path, *stems: str) -> _Weights:
 
 
 def _unpickled(path: Path) -> Mapping[Any, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # the unpickler raises whatever a damaged file provokes
-        *_, message = str(error).split("WeightsUnpickler error: ")  # torch's own advice before and after is not ours
-        reason = re.split(r"\n|\.\s", message.strip())[0].rstrip(".") or type(error).__name__
-        raise ValueError(f"{path.name} cannot be read without running code, or is cut off: {reason}.") from error
+    content = read_pickle(path, [], mmap=zipfile.is_zipfile(path))
     if not isinstance(content, Mapping):
         raise ValueError(f"{path.name} is malformed: it holds a {type(content).__name__} where weights are expected.")
     return content

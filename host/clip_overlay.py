@@ -34,7 +34,7 @@ class _WordTokenizer:
         """Turns `<mine>` into ` embedding:…`, or into its class word for an encoder that learned nothing of it."""
 
         def spell(match: re.Match) -> str:
-            word = self.learned_words[match[0].lower()]
+            word = _meant(self.learned_words, match[0])
             known = self.embedding_key in word.vectors
             return f" {self.embedding_identifier}{_key(word.placeholder)} " if known else word.class_word
 
@@ -71,7 +71,7 @@ def words_in(clip: CLIP, text: str) -> list[Word]:
     known = {placeholder: word for tokenizer in _overlaid(clip).values()
              for placeholder, word in tokenizer.learned_words.items()}
     met = _pattern(known).findall(text) if known else []
-    return [known[placeholder] for placeholder in dict.fromkeys(map(str.lower, met))]
+    return list({word.placeholder: word for word in (_meant(known, written) for written in met)}.values())
 
 
 def instead(clip: CLIP, words: Iterable[Word]) -> CLIP:
@@ -128,9 +128,14 @@ def _refuse_clash(old: Word | None, new: Word) -> None:
 
 def _pattern(words: Mapping[str, Word]) -> re.Pattern:
     """Matches any placeholder in any case, the longest first, and none inside a longer word."""
-    longest_first = sorted(words, key=len, reverse=True)
+    longest_first = sorted((word.placeholder for word in words.values()), key=len, reverse=True)
     return re.compile("|".join(rf"(?<![\w-]){re.escape(p)}(?![\w-])" if p[0].isalnum() else re.escape(p)
                                for p in longest_first), re.IGNORECASE)
+
+
+def _meant(words: Mapping[str, Word], written: str) -> Word:
+    """The word that `written` means, as `_pattern` compares them: lower case is not one to one in every script."""
+    return next(word for word in words.values() if re.fullmatch(re.escape(word.placeholder), written, re.IGNORECASE))
 
 
 def _key(placeholder: str) -> str:

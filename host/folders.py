@@ -45,6 +45,14 @@ def register() -> None:
         folder_paths.folder_names_and_paths[kind][1].add(".safetensors")
 
 
+def free_name(kind: str, name: str, ending: str) -> str:
+    """A name for a file in the first folder of a kind: with a counter where it would hide that of another folder."""
+    others, free, number = folder_paths.get_folder_paths(kind)[1:], name, 2
+    while any((Path(folder) / f"{free}{ending}").exists() for folder in others):
+        free, number = f"{name}_{number}", number + 1
+    return free
+
+
 def domains_folder() -> Path:
     """The first folder of E4T domains, where new ones are saved."""
     return Path(folder_paths.get_folder_paths(DOMAINS)[0])

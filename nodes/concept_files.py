@@ -70,6 +70,9 @@ class ConceptsSave(io.ComfyNode):
             return io.NodeOutput(text, ui=ui.PreviewText(
                 f"Saved: choose {shown} in Load Concept, connect Apply Concept and write {text} in the prompt."
             ))
+        if file.checked_name(name).startswith(EDITS):
+            raise ValueError(f"Load Concept lists files of models/concepts as {EDITS}name, so a word cannot be called "
+                             f"{name.strip()!r}; choose another name.")
         folder = embeddings_folder()
         path = file.save(concept, folder, name, overwrite, layout)
         text = f"embedding:{path.relative_to(folder).with_suffix('').as_posix()}"
@@ -184,6 +187,9 @@ class ConceptsBundle(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept: ConceptValue, lora: str, name: str, overwrite: bool) -> io.NodeOutput:
+        if concept.edit is not None:
+            raise ValueError(f"{concept.words[0].placeholder} is more than the word that fits into a LoRA; use Export "
+                             "Concept as LoRA for a Perfusion concept, or Save Concept.")
         folder = loras_folder()
         path = file.bundle(concept, file_path("loras", lora), folder, name, overwrite)
         saved = path.relative_to(folder).as_posix()

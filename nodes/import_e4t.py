@@ -6,7 +6,7 @@ from ..e4t import domain
 from ..e4t.import_release import domain_of, report
 from ..e4t.release import read_release
 from ..host.clip_vision import Vision, from_open_clip
-from ..host.folders import DOMAINS, domains_folder, folder_path, folders_with
+from ..host.folders import DOMAINS, domains_folder, folder_path, folders_with, free_name
 from .sockets import Domain
 
 
@@ -33,7 +33,7 @@ class ConceptsImportE4T(io.ComfyNode):
                 )),
                 io.String.Input("name", default="", tooltip=(
                     "What the file in models/e4t is called; empty takes the domain's class word. The same name "
-                    "replaces it."
+                    "replaces it; that of a domain of the pack gets a number, as teddy_2."
                 )),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip=(
                     "The CLIP vision that the release was trained with, ViT-H/14 of LAION for the published one. Only "
@@ -60,12 +60,13 @@ class ConceptsImportE4T(io.ComfyNode):
     @classmethod
     def execute(cls, folder: str, name: str, clip_vision=None) -> io.NodeOutput:
         release = read_release(folder_path(DOMAINS, folder))
+        file = free_name(DOMAINS, domain.file_name(name, release.domain_word), domain.ENDING)
         eye = from_open_clip(release.clip_vision) if release.clip_vision else clip_vision
         if eye is None:
             raise ValueError(f"The encoder.pt of {folder} brings no CLIP vision along; connect the one that it was "
                              "trained with to 'clip_vision', ViT-H/14 of LAION for the published release.")
         made = domain_of(release, Vision(eye))
-        path = domain.save(made, domains_folder(), name.strip() or made.word, overwrite=True)
+        path = domain.save(made, domains_folder(), file, overwrite=True)
         listed, size = path.relative_to(domains_folder()).as_posix(), path.stat().st_size
         said = f"{report(release, made.vision)}\nSaved {size / 1e6:.0f} MB: choose {listed} in Load E4T Domain."
         return io.NodeOutput(domain.load(path), eye, said, ui=ui.PreviewText(said))

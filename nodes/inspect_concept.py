@@ -41,7 +41,7 @@ class ConceptsInspect(io.ComfyNode):
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="What the node shows, as text."),
                 io.Image.Output("gates", display_name="gates", tooltip=(
-                    "Which words of the prompt a Perfusion concept touches; empty for any other."
+                    "Which words of the prompt a Perfusion concept touches; for any other it only says so."
                 )),
             ],
         )
@@ -51,7 +51,8 @@ class ConceptsInspect(io.ComfyNode):
         require_clip(clip)
         page = report(clip, concept)
         if not isinstance(concept.edit, Edit):
-            return io.NodeOutput(page, None, ui=ui.PreviewText(page))
+            told = to_tensor(gate_bars([], "Only Perfusion concepts have gates."))
+            return io.NodeOutput(page, told, ui=ui.PreviewText(page))
         text = prompt.replace("{}", concept.words[0].placeholder)
         picture = to_tensor(gate_bars(gates(clip, concept, text, bias), f"gates at bias {bias:g}"))
         shown = ui.PreviewText(page).as_dict() | ui.PreviewImage(picture, cls=cls).as_dict()

@@ -1,6 +1,6 @@
 """Pretrain E4T Domain."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..e4t import domain
@@ -8,10 +8,11 @@ from ..e4t.pretrain import Keeping, Recipe, pretrain
 from ..e4t.samples import read_samples
 from ..host.clip_vision import Vision
 from ..host.copies import fingerprint, memory_is_short
-from ..host.folders import domains_folder, input_subfolder, input_subfolders, states_folder
+from ..host.folders import DOMAINS, domains_folder, free_name, input_subfolder, input_subfolders, states_folder
 from ..host.pictures import is_empty, vae_encode
 from ..host.progress import ProgressBar, stop_if_cancelled
 from ..perfusion.covariance import precision
+from ..training.folder import fingerprint as folder_fingerprint
 from .sockets import Domain
 
 VIEWS, FLOOR = 4, 0.1
@@ -32,6 +33,7 @@ class ConceptsPretrainE4T(io.ComfyNode):
                 "jobs; for days on several cards there is the command in the README."
             ),
             search_aliases=["e4t", "encoder for tuning", "train encoder", "domain"],
+            is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The checkpoint to learn for."),
                 io.Clip.Input("clip", tooltip="The checkpoint's text encoder."),
@@ -44,7 +46,8 @@ class ConceptsPretrainE4T(io.ComfyNode):
                     "The ordinary word for all of them."
                 )),
                 io.String.Input("name", default="", tooltip=(
-                    "What the file in models/e4t is called; empty takes the class word. The same name replaces it."
+                    "What the file in models/e4t is called; empty takes the class word. The same name replaces it; "
+                    "that of a domain of the pack gets a number, as teddy_2."
                 )),
                 io.Int.Input("steps", default=5000, min=1, max=1000000, tooltip=(
                     "How long to learn. Thousands are needed; the more kinds of things, the more."
@@ -74,11 +77,17 @@ class ConceptsPretrainE4T(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, folder: str, **inputs) -> str:
+        """Pictures that were changed or added are learned from."""
+        return folder_fingerprint(input_subfolder(folder))
+
+    @classmethod
     def execute(cls, model, clip, vae, folder, class_word, name, steps, batch_size, seed, rate, regulariser, resolution,
                 mirror, clip_vision=None) -> io.NodeOutput:
         word = class_word.strip()
         if not word:
             raise ValueError("The class word is empty; write the ordinary word for the things in the pictures.")
+        file = free_name(DOMAINS, domain.file_name(name, word), domain.ENDING)
         if clip is None or is_empty(vae):
             raise ValueError("Pretraining needs the checkpoint's text encoder (CLIP) and its VAE; one of them is "
                              "missing in this file.")
@@ -99,5 +108,6 @@ class ConceptsPretrainE4T(io.ComfyNode):
 
         learned = pretrain(model, clip, samples, recipe, Keeping(states_folder()), precision(clip),
                            recompute=memory_is_short(model), watch=watch)
-        domain.save(learned, domains_folder(), name.strip() or word, overwrite=True)
-        return io.NodeOutput(learned)
+        domain.save(learned, domains_folder(), file, overwrite=True)
+        said = f"Saved: choose {file}{domain.ENDING} in Load E4T Domain."
+        return io.NodeOutput(learned, ui=ui.PreviewText(said))

@@ -1,7 +1,5 @@
 """The inputs and outputs that training nodes have in common, and how they are read."""
 
-import json
-from collections import Counter
 from collections.abc import Callable, Iterable
 from math import isfinite
 from typing import Any
@@ -22,7 +20,7 @@ from .sockets import Concept
 
 OWN = "own settings"
 LONGEST_PLACEHOLDER = 64  # it also names files
-_stopped: Counter[str] = Counter()
+_stopped: list[dict[str, str | int | float]] = []
 
 
 def what_to_learn() -> list[io.Input]:
@@ -253,16 +251,18 @@ def run(inputs: dict, learn: Learn) -> io.NodeOutput:
     recompute = one["save_memory"] == "on" or one["save_memory"] == "auto" and memory_is_short(one["model"])
     recipe, lesson = learn(one, photos, view, keeping, recompute)
     if len(lesson.losses) < recipe.steps:
-        _stopped[_widgets(inputs)] += 1
+        _stopped.append(_widgets(inputs))
     return io.NodeOutput(lesson.concept, {"loss": lesson.losses}, to_tensor(lesson.sheet))
 
 
 def stops(inputs: dict) -> str:
     """Changes whenever a training with these widgets was cancelled, so that it is not taken from the cache then."""
-    return str(_stopped[_widgets(inputs)])
+    known = _widgets(inputs).items()
+    return str(sum(known <= stopped.items() for stopped in _stopped))
 
 
-def _widgets(inputs: dict) -> str:
-    firsts = {name: v[0] for name, v in inputs.items() if isinstance(v, list) and v}
-    widgets = {name: value for name, value in firsts.items() if isinstance(value, str | int | float)}
-    return json.dumps([widgets, inputs.get("preset")], sort_keys=True)
+def _widgets(inputs: dict) -> dict[str, str | int | float]:
+    """The values of all widgets; of linked ones only while the node runs, the host gives (None,) for them before."""
+    given = inputs | inputs.get("preset", {})
+    firsts = {name: v[0] for name, v in given.items() if isinstance(v, list) and v}
+    return {name: value for name, value in firsts.items() if isinstance(value, str | int | float)}

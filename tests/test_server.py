@@ -102,6 +102,28 @@ def test_cancel_during_training_keeps_what_was_learned(client, info):
     assert still_works(client)
 
 
+def test_cancelled_training_with_linked_widgets_goes_on_when_queued_again(client, info):
+    prompt = example(info, steps=100_000)
+    inputs = the(prompt, TRAIN)
+    for name, kind in (("init_text", "String"), ("seed", "Int"), ("preset.batch_size", "Int")):
+        prompt[name] = {"class_type": f"Primitive{kind}", "inputs": {"value": inputs[name]}}
+        inputs[name] = [name, 0]
+    title = next(node["_meta"]["title"] for node in prompt.values() if node["class_type"] == TRAIN)
+    done = []
+    for _ in range(2):
+        steps, started = [], threading.Event()
+        threading.Thread(target=lambda begun=started: (begun.wait(), client.interrupt()), daemon=True).start()
+
+        def heard(node, step, _, steps=steps, begun=started):
+            if node == title:
+                steps.append(step)
+                begun.set()
+
+        client.run(prompt, heard)
+        done.append(steps)
+    assert done[1] and done[0][-1] <= done[1][0]
+
+
 def test_cancel_during_sampling_leaves_the_server_usable(client, info):
     prompt = example(info)
     the(prompt, "KSampler")["steps"] = 10_000

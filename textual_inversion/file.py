@@ -4,6 +4,7 @@ import json
 import os
 import re
 import struct
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from .word import PLACEHOLDER, check_placeholder
 LAYOUTS = {"ComfyUI, A1111, kohya": ".safetensors", "diffusers": ".safetensors", "diffusers (.bin)": ".bin",
            "A1111 (.pt)": ".pt"}
 DEFAULT_LAYOUT = next(iter(LAYOUTS))
-ENDINGS = (".safetensors", ".pt", ".bin")
+ENDINGS = (".safetensors", ".pt", ".bin")  # in the order in which the host looks for embedding:name
 SINGLE = "emb_params"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LONGEST = 75  # vectors that fit one section of a prompt
-NAME = re.compile(r"[^\s,:<>\[\]()\"|?*\\/]+(/[^\s,:<>\[\]()\"|?*\\/]+)*")
+NAME = re.compile(r"[^\s\x00-\x1f,:<>\[\]()\"|?*\\/]+(/[^\s\x00-\x1f,:<>\[\]()\"|?*\\/]+)*")
+NOT_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
 
 
 def to_bytes(concept: Concept, layout: str = DEFAULT_LAYOUT) -> bytes:
@@ -125,21 +127,35 @@ def checked_name(name: str) -> str:
     name = name.strip()
     name = next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
     if not NAME.fullmatch(name) or any(part.startswith(".") for part in name.split("/")):
-        raise ValueError(f"{name!r} cannot name a file: use letters, digits, - and _, and / for a subfolder.")
+        raise ValueError(f"{name!r} cannot name a file: give 'name' letters, digits, - and _, and / for a "
+                         "subfolder.")
+    for part in name.split("/"):
+        if NOT_ON_WINDOWS.fullmatch(part):
+            raise ValueError(f"Windows cannot open anything called {part!r}, and files are shared; choose another "
+                             "name.")
     return name
 
 
 def free_path(folder: Path, name: str, ending: str, overwrite: bool) -> Path:
-    """Where to write a file of this name: one that is taken gets a counter unless `overwrite`."""
-    path, number = folder / f"{name}{ending}", 2
-    while os.path.exists(path) and not overwrite:  # False where the disk refuses to say
-        path, number = folder / f"{name}_{number}{ending}", number + 1
-    return path
+    """Where to write a file of this name: one that is taken, with whatever ending, gets a counter unless `overwrite`.
+
+    Raises ValueError when the file of an ending that programs prefer would hide the one to write.
+    """
+    free, number = name, 2
+    while not overwrite and any(os.path.exists(folder / f"{free}{other}") for other in ENDINGS):
+        free, number = f"{name}_{number}", number + 1  # exists is False where the disk refuses to say
+    for other in ENDINGS[:ENDINGS.index(ending)]:
+        if os.path.exists(folder / f"{free}{other}"):
+            raise ValueError(f"There is a {free}{other} too, which programs would go on loading instead of "
+                             f"{free}{ending}; remove it first or choose another name.")
+    return folder / f"{free}{ending}"
 
 
 def _placeholder(name: str) -> str:
     """The name in a file as prompts can write it: <my-cat> for 'my cat', and <cat> as it is."""
-    return name if PLACEHOLDER.fullmatch(name) and name.startswith("<") else f"<{re.sub('[^A-Za-z0-9_-]+', '-', name)}>"
+    name = unicodedata.normalize("NFC", name)  # as keyboards write it; some disks take é apart
+    one_word = re.sub(r"[^\w-]+", "-", name)
+    return name if PLACEHOLDER.fullmatch(name) and name.startswith("<") else f"<{one_word}>"
 
 
 def _checked(file: str, name: str, vectors: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.container import ParameterDict
 
-from ..training.disk import read_safetensors
+from ..training.disk import read_pickle, read_safetensors
 
 ENCODERS = ("clip_l", "clip_g", "clip_h")
 ENCODER_OF_WIDTH = {1024: "clip_h", 1280: "clip_g"}
@@ -52,13 +52,7 @@ def _unpickled(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     if size > LARGEST:
         raise ValueError(f"{path.name} is not an embedding: it is {size >> 20} MB large.")
-    allowed = [ParameterDict, OrderedDict, defaultdict]  # the original LDM code saved a ParameterDict
-    try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever a damaged file provokes
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise ValueError(f"{path.name} is no embedding that can be read without running code: {reason}.") from error
+    content = read_pickle(path, [ParameterDict, OrderedDict, defaultdict])  # the original LDM code saved ParameterDicts
     if not isinstance(content, Mapping):
         raise ValueError(f"{path.name} is not an embedding: it holds a {type(content).__name__}.")
     return dict(content)
@@ -93,6 +87,8 @@ def _parameters(kept: Any) -> dict[str, Any]:
 def _one(file: str, tensors: Mapping[str, Any], metadata: dict[str, str]) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{file} holds no embedding.")
+    if len(tensors) > 1 and any("lora" in str(key) for key in tensors):
+        raise ValueError(f"{file} is a LoRA and holds no learned words; use Load LoRA.")
     if len(tensors) > 1:
         raise ValueError(f"{file} is not an embedding: it holds {len(tensors)} tensors, "
                          f"one of them {next(iter(tensors))!r}.")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d
 
-PLACEHOLDER = re.compile(r"<[A-Za-z0-9_-]+>|[A-Za-z0-9_-]+")
+PLACEHOLDER = re.compile(r"<[\w-]+>|[\w-]+")  # of any script
 NOTHING = "The init text says nothing; write the word or words that come closest, such as 'cat'."
 
 

@@ -1,10 +1,13 @@
-"""Files written whole or not at all, and safetensors read with one sentence for what is wrong with them."""
+"""Files written whole or not at all, and safetensors and pickles read with one sentence for what is wrong with them."""
 
 import os
 import re
 import tempfile
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -49,3 +52,19 @@ def read_safetensors(path: Path, only: re.Pattern | None = None) -> tuple[dict[s
             return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in chosen}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path.name} is not a readable safetensors file: {error}.") from error
+
+
+def read_pickle(path: Path, allowed: list[type], mmap: bool = False) -> Any:
+    """The content of a file as torch's weights-only unpickler reads it, which executes nothing.
+
+    Besides tensors it may hold `allowed` types. Raises ValueError that names the file when it cannot be read.
+    """
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # the unpickler raises whatever a damaged file provokes
+        *_, message = str(error).split("WeightsUnpickler error: ")  # torch's own advice before and after is not ours
+        reason = re.split(r"\n|\.\s", message.strip())[0].rstrip(".")
+        if isinstance(error, UnpicklingError) and not reason.startswith("Unsupported operand"):
+            raise ValueError(f"{path.name} cannot be read without running code: {reason}.") from error
+        raise ValueError(f"{path.name} is damaged or cut off; download it again.") from error

@@ -13,9 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from concepts_pack.e4t.difference import Difference
 from concepts_pack.host import folders
 from concepts_pack.host.cross_attention import cross_attentions
-from concepts_pack.nodes.concept_files import ConceptsLoad, ConceptsSave
+from concepts_pack.nodes.concept_files import ConceptsBundle, ConceptsLoad, ConceptsSave
 from concepts_pack.perfusion.concept import Edit
 from concepts_pack.perfusion.file import (
     LARGEST,
@@ -444,6 +445,22 @@ def test_nodes_save_and_load_both_kinds(models):
         ConceptsLoad.execute(name="concepts/gone.safetensors", placeholder="")
     with pytest.raises(ValueError, match="layout 'diffusers' is for learned words, and <mine> is more than a word"):
         ConceptsSave.execute(concept=concept(), name="mine", overwrite=False, layout="diffusers")
+
+
+@pytest.mark.parametrize("edit", [concept().edit, Difference({}, {})])
+def test_what_is_more_than_a_word_is_not_saved_in_a_lora(models, edit):
+    with pytest.raises(ValueError, match="<mine> is more than the word that fits into a LoRA; use Export Concept as"):
+        ConceptsBundle.execute(concept=replace(concept(), edit=edit), lora="style.safetensors", name="x",
+                               overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_saved_word_takes_no_entry_of_another_concept(models, overwrite):
+    ConceptsSave.execute(concept=concept(placeholder="<edit>"), name="pb", overwrite=False)
+    with pytest.raises(ValueError, match="as concepts/name, so a word cannot be called 'concepts/pb'"):
+        ConceptsSave.execute(concept=Concept(concept().words), name=" concepts/pb", overwrite=overwrite)
+    assert listed() == ["concepts/pb.safetensors"]
+    assert ConceptsLoad.execute(name="concepts/pb.safetensors", placeholder="").result[1] == "<edit>"
 
 
 def test_an_embedding_in_a_folder_called_concepts_keeps_its_name(models):

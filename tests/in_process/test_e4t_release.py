@@ -269,6 +269,7 @@ def test_cut_off_files(tmp_path, name, share, save, ending):
     with pytest.raises(ValueError, match=f"{name}{re.escape(ending)} .*") as caught:
         read_release(tmp_path)
     assert "\n" not in str(caught.value)
+    assert ending != ".pt" or str(caught.value) == f"{name}.pt is damaged or cut off; download it again."
 
 
 @pytest.mark.parametrize("name", ["config.json", "encoder.pt", "weight_offsets.pt"])

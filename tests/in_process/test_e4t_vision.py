@@ -12,6 +12,7 @@ from concepts_pack.e4t.pretrain import run as command
 from concepts_pack.e4t.samples import Samples, draw_pair, read_samples
 from concepts_pack.host.clip_vision import Vision
 from concepts_pack.host.progress import Cancelled
+from concepts_pack.microworld.host import WEIGHTS
 from PIL import Image
 from safetensors.torch import save
 
@@ -122,6 +123,35 @@ def test_pretrained_saved_loaded_and_tuned_on_the_nodes(model, clip, calm_vae, c
         assert concept.words[0].vectors["clip_l"].isfinite().all()
     (own,) = run("ConceptsPretrainE4T", **given | {"name": "own"}).result
     assert own.vision == "" and own.encoder.stem is not None
+
+
+@pytest.mark.parametrize("changes", [{"name": "a:b"}, {"class_word": "toy: bear"}])
+def test_a_name_that_no_file_can_have_is_told_before_the_pictures_are_read(model, clip, vae, tmp_path, changes):
+    with pytest.raises(ValueError, match="cannot name a file: give 'name' letters"):
+        run("ConceptsPretrainE4T", model=model, clip=clip, vae=vae, **SETTINGS | changes)
+    assert not (tmp_path / "output").exists()
+
+
+def test_files_are_called_after_the_class_word_and_hide_none_of_the_pack(model, clip, calm_vae, tmp_path, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "e4t",
+                        ([str(tmp_path / "e4t"), str(WEIGHTS / "domains")], {".safetensors"}))
+    for word, file in (("toy  bear", "toy-bear"), ("teddy", "teddy_2"), ("teddy", "teddy_2")):
+        output = run("ConceptsPretrainE4T", model=model, clip=clip, vae=calm_vae, **SETTINGS | {"class_word": word})
+        assert output.ui.as_dict()["text"] == (f"Saved: choose {file}.safetensors in Load E4T Domain.",)
+        assert domain_file.to_bytes(domain_file.load(tmp_path / "e4t" / f"{file}.safetensors")) == domain_file.to_bytes(
+            output.result[0])
+    assert [run("ConceptsLoadDomain", name=f"{name}.safetensors").result[0].base for name in ("teddy", "teddy_2")] == [
+        "Microworld", "SD15"]
+    assert sorted(path.name for path in (tmp_path / "e4t").iterdir()) == ["teddy_2.safetensors", "toy-bear.safetensors"]
+
+
+def test_pretraining_is_what_the_graph_is_queued_for_and_notices_other_pictures(tmp_path):
+    node = NODES["ConceptsPretrainE4T"]
+    assert node.GET_SCHEMA().is_output_node
+    before = node.fingerprint_inputs(**SETTINGS)
+    assert node.fingerprint_inputs(**SETTINGS) == before
+    (tmp_path / "input" / "cats" / "1.png").unlink()
+    assert node.fingerprint_inputs(**SETTINGS) != before
 
 
 def test_cancel_stops_the_reading(model, clip, vae, tmp_path):

@@ -60,10 +60,35 @@ def test_taken_names_are_kept(tmp_path):
     assert sorted(p.name for p in (tmp_path / "people").iterdir()) == sorted(names)
 
 
-@pytest.mark.parametrize("name", ["", " ", "../up", "a/../b", "/etc/x", "a b", "a,b", "a:b", "<a>", "a\\b", ".x"])
+def test_a_name_means_one_file_whatever_its_ending(tmp_path):
+    for layout, name in (("A1111 (.pt)", "mine.pt"), ("diffusers (.bin)", "mine_2.bin"),
+                         ("diffusers", "mine_3.safetensors")):
+        path = save(concept(), tmp_path, "mine", layout=layout)
+        assert path.name == name and comfy.sd1_clip.load_embed(path.stem, str(tmp_path), 32, "clip_l") is not None
+    assert save(concept(), tmp_path, "mine_3", overwrite=True).name == "mine_3.safetensors"
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="There is a mine.pt too, .* instead of mine.bin; remove it first"):
+        save(concept(), tmp_path, "mine", overwrite=True, layout="diffusers (.bin)")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["", " ", "../up", "a/../b", "/etc/x", "a b", "a,b", "a:b", "<a>", "a\\b", ".x",
+                                  "a\0b", "\x1b"])
 def test_names_that_prompts_could_not_use(name):
     with pytest.raises(ValueError, match="cannot name a file"):
         checked_name(name)
+
+
+@pytest.mark.parametrize("name", ["CON", "aux", "sub/nul", "Lpt9/cat", "com1.txt", "con.safetensors", "cat.", "cats./a",
+                                  "nul.a.pt", "..."])
+def test_names_that_windows_could_not_open(name):
+    with pytest.raises(ValueError, match="Windows cannot open anything called|cannot name a file"):
+        checked_name(name)
+
+
+@pytest.mark.parametrize("name", ["cone", "com", "com10", "my.aux", "aux-cable", "people/conny", "v1.5"])
+def test_names_that_only_look_like_those(name):
+    assert checked_name(name) == name
 
 
 def test_other_embeddings_load(tmp_path):
@@ -72,6 +97,15 @@ def test_other_embeddings_load(tmp_path):
     assert word.placeholder == "<foreign>" and word.vectors["clip_l"].shape == (1, 768)
     assert word.vectors["clip_l"].dtype == torch.float32
     assert load(tmp_path / "foreign.safetensors", "<x>").words[0].placeholder == "<x>"
+
+
+@pytest.mark.parametrize(("name", "placeholder"), [
+    ("猫", "<猫>"), ("犬", "<犬>"), ("белый кот", "<белый-кот>"), ("e\u0301te\u0301", "<été>"),
+    ("my cat (1)", "<my-cat-1->"),
+])
+def test_foreign_files_are_called_by_their_names(tmp_path, name, placeholder):
+    save_file({"emb_params": torch.ones(1, 768)}, tmp_path / f"{name}.safetensors")
+    assert load(tmp_path / f"{name}.safetensors").words[0].placeholder == placeholder
 
 
 @pytest.mark.parametrize(("tensors", "complaint"), [
@@ -149,8 +183,10 @@ def test_words_bundled_in_a_lora(tmp_path):
     assert torch.equal(cat.vectors["clip_l"], VECTORS) and dog.vectors.keys() == {"clip_l", "clip_g"}
     with pytest.raises(ValueError, match=r"holds 2 words \(cat, dog\); leave the placeholder empty"):
         load(tmp_path / "lora.safetensors", "<mine>")
+    save_file({"<flora>": VECTORS}, tmp_path / "flora.safetensors")
+    assert load(tmp_path / "flora.safetensors").words[0].placeholder == "<flora>"
     save_file(lora, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match="it holds 2 tensors, one of them 'lora_unet_x"):
+    with pytest.raises(ValueError, match="lora.safetensors is a LoRA and holds no learned words; use Load LoRA"):
         load(tmp_path / "lora.safetensors")
 
 
@@ -190,7 +226,7 @@ class Evil:
 def test_code_in_a_pickle_is_never_executed(tmp_path, name, zipped):
     content = {"string_to_param": {"*": Evil(tmp_path / "trace")}}
     torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=f"{name} is no embedding that can be read without running code"):
+    with pytest.raises(ValueError, match=f"{name} cannot be read without running code"):
         load(tmp_path / name)
     assert not (tmp_path / "trace").exists()
 
@@ -201,6 +237,17 @@ def test_other_pickles_are_named(tmp_path, content):
     torch.save(content, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match="odd.pt (is not an embedding|holds no embedding)"):
         load(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"i\xb1\x6a\x6a\x6a", b"\x80\x02", b"junk" * 99, b"PK\x03\x04", None])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_cut_off_pickle_is_not_told_in_the_words_of_torch(tmp_path, data, zipped):
+    path = tmp_path / "half.pt"
+    torch.save({"<dog>": VECTORS}, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2] if data is None else data)
+    with pytest.raises(ValueError) as error:
+        load(path)
+    assert str(error.value) == "half.pt is damaged or cut off; download it again."
 
 
 def test_a_huge_pickle_is_not_even_opened(tmp_path):

@@ -56,6 +56,7 @@ def test_survives_what_editors_do_to_text():
     head, body = TEXT.split("\n")
     wrapped = "\r\n".join(body[start:start + 76] for start in range(0, len(body), 76))
     assert to_text(from_text(f"\n  {head} \r\n{wrapped}\n\n")) == TEXT
+    assert to_text(from_text(f"{head} {body}")) == to_text(from_text(TEXT.replace(" ", "\n"))) == TEXT
 
 
 def test_is_small():

@@ -164,7 +164,8 @@ def test_a_folder_is_loaded_for_training(training, tmp_path, monkeypatch):
 
 def test_inspection_names_lengths_and_nearest_words(training, clip):
     concept = run("ConceptsTrainTextualInversion", **training).result[0]
-    page, _ = run("ConceptsInspect", concept=concept, clip=clip).result
+    page, picture = run("ConceptsInspect", concept=concept, clip=clip).result
+    assert picture.shape[::3] == (1, 3)  # there is something to preview
     assert "<mine>, learned from “cat”" in page and "clip_l: 1 × 32 numbers" in page and "nearest cat " in page
     assert "steps_done: 2" in page and "base: SD15" in page
 
@@ -190,6 +191,9 @@ def test_only_a_cancelled_training_is_trained_again(training):
     assert len(losses["loss"]) < 40
     stopped = widgets | {"preset": own(steps=40)}
     assert node.fingerprint_inputs(**stopped) != before == node.fingerprint_inputs(**widgets)
+    linked = {"init_text": (None,), "captions": (None,), "preset": own(steps=40) | {"learning_rate": (None,)}}
+    assert node.fingerprint_inputs(**stopped | linked) == node.fingerprint_inputs(**stopped)
+    assert node.fingerprint_inputs(**widgets | {"init_text": (None,)}) == before
 
 
 @pytest.mark.parametrize(("widget", "value", "complaint"), [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comfy.sdxl_clip import SDXLTokenizer
-from concepts_pack.host.clip_overlay import with_words
+from concepts_pack.host.clip_overlay import with_words, words_in
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.text import encode, is_ordinary_word, rows, widths
 from concepts_pack.textual_inversion.apply import apply_words
@@ -45,6 +45,15 @@ def test_equals_the_embedding_file(clip, embeddings, ours, file):
     save_file({"emb_params": three.vectors["clip_l"]}, embeddings / "three.safetensors")
     same_tokens(with_words(clip, [one, three]).tokenize(ours), clip.tokenize(file))
     assert torch.equal(encode(with_words(clip, [one, three]), ours)[0], clip.encode_from_tokens(clip.tokenize(file)))
+
+
+@pytest.mark.parametrize("written", ["<猫>", "<КОТ>", "<ΟΔΟΣ>", "<οδοσ>", "<İ>", "<ſ>", "<été>"])
+def test_words_of_any_script_are_found_in_any_case(clip, embeddings, written):
+    placeholders = ("<猫>", "<犬>", "<кот>", "<οδος>", "<İ>", "<s>", "<Été>")
+    taught = with_words(clip, [word(placeholder, seed=number) for number, placeholder in enumerate(placeholders)])
+    (meant,) = words_in(taught, f"a photo of {written}, {written}")
+    save_file({"emb_params": meant.vectors["clip_l"]}, embeddings / "meant.safetensors")
+    same_tokens(taught.tokenize(f"a photo of ({written}:1.2)"), clip.tokenize("a photo of ( embedding:meant :1.2)"))
 
 
 def test_vectors_of_another_length_of_prompt_meet_the_section_border(clip):

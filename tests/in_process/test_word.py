@@ -42,7 +42,7 @@ def test_between_ends_where_it_should():
     torch.testing.assert_close(between(start, learned, 2.0), 2 * learned - start)
 
 
-@pytest.mark.parametrize("good", ["<mine>", "<my-cat_2>", "zwx", "Zwx7"])
+@pytest.mark.parametrize("good", ["<mine>", "<my-cat_2>", "zwx", "Zwx7", "猫", "<кот>", "<été-2>"])
 def test_placeholders(good):
     check_placeholder(good)
 
@@ -50,7 +50,7 @@ def test_placeholders(good):
 @pytest.mark.parametrize(("bad", "complaint"), [
     ("", "is empty"), ("my cat", "one word"), ("<my cat>", "one word"), ("a,b", "one word"), ("<a", "one word"),
     ("(a)", "one word"), ("a:1", "one word"), ("../a", "one word"), ("a\nb", "one word"), ("<>", "one word"),
-    ("猫", "one word"),
+    ("<黒 猫>", "one word"), ("猫/犬", "one word"), ("«mine»", "one word"),
 ])
 def test_bad_placeholders(bad, complaint):
     with pytest.raises(ValueError, match=complaint):
