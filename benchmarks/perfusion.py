@@ -34,6 +34,7 @@ from ..nodes.train_perfusion import PRESETS, pace_of
 from ..perfusion import apply, file
 from ..perfusion.covariance import encoder_fingerprint, precision
 from ..perfusion.edit import components
+from ..perfusion.global_keys import encode_with_global_keys
 from ..perfusion.masks import zero_shot
 from ..perfusion.train import EditMethod, EditRecipe
 from ..perfusion.use import apply_concept
@@ -206,17 +207,19 @@ def one_pair(first: str, second: str, seed: int, cfg: float, bias: float) -> dic
     torch.set_num_threads(1)
     oracle, base = load(PAIR_WEIGHTS), load_checkpoint()
     alike = f"validation {super_category(first)}"
-    arms = {"Perfusion": ("locked keys", second, components),
-            "Perfusion, approximate": ("locked keys", second, approximate),
-            "Textual Inversion": ("word", second, components)}
+    arms = {"Perfusion": ("locked keys", second, components, False),
+            "Perfusion, approximate": ("locked keys", second, approximate, False),
+            "Textual Inversion": ("word", second, components, False)}
     if seed == 0:
-        arms |= {f"two of one class: {label}": (kind, alike, projection)
-                 for label, (kind, _, projection) in arms.items()}
+        arms |= {f"two of one class: {label}": (kind, alike, *others)
+                 for label, (kind, _, *others) in arms.items()}
+    arms |= {"Perfusion, global key lock": ("locked keys", second, components, True),
+             "Textual Inversion, global key lock": ("word", second, components, True)}
     found = {}
-    for label, (kind, other, projection) in arms.items():
+    for label, (kind, other, projection, locked) in arms.items():
         names = first, other
         with patch.object(apply, "components", projection):
-            images = pair_pictures(base, names, seed, kind, cfg, bias)
+            images = pair_pictures(base, names, seed, kind, cfg, bias, locked)
         reals = {name: torch.from_numpy(concept_photos(name, 24, REAL_SEED)[0]) for name in names}
         found[label] = rightness(oracle, images, *names, reals)
         print(f"{' and '.join(names)}, seed {seed}, {label}: {found[label]}", flush=True)
@@ -228,11 +231,16 @@ def approximate(s: Tensor, target_inputs: Tensor, dual: Tensor, present: Tensor)
     return s * present.to(s)
 
 
-def pair_pictures(base, names: tuple[str, str], seed: int, kind: str, cfg: float, bias: float) -> Tensor:
+def pair_pictures(base, names: tuple[str, str], seed: int, kind: str, cfg: float, bias: float, locked: bool) -> Tensor:
+    """One picture of each scene (n h w 3), with `locked` under the global key lock."""
     model, clip, vae = base
     for word, name in zip(("<one>", "<two>"), names, strict=True):
         model, clip = apply_concept(model, clip, learned(base, name, seed, kind, word), 1.0, bias=bias)
-    return draw(model, clip, vae, [scene.format("<one>", "<two>") for scene in PAIR_SCENES], 1000 * seed, cfg=cfg)
+    scenes = [scene.format("<one>", "<two>") for scene in PAIR_SCENES]
+    if locked:
+        return draw(model, clip, vae, scenes, 1000 * seed, cfg=cfg, batch=1,
+                    encoding=lambda clip, prompts: encode_with_global_keys(clip, *prompts))
+    return draw(model, clip, vae, scenes, 1000 * seed, cfg=cfg)
 
 
 @torch.inference_mode()

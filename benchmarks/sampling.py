@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import comfy.sample
 import comfy.samplers
 import comfy.sd
 import torch
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ..microworld.host import CHECKPOINT, register
@@ -27,7 +30,7 @@ def encode(clip, prompts: list[str]) -> list:
 @torch.inference_mode()
 def draw(
     model, clip, vae, prompts: list[str], seed: int, steps: int = 25, cfg: float = 4.0, sampler: str = "euler",
-    scheduler: str = "normal", size: int = 128, batch: int = 16,
+    scheduler: str = "normal", size: int = 128, batch: int = 16, encoding: Callable[[CLIP, list[str]], list] = encode,
 ) -> Tensor:  # fmt: skip
     """One picture for each prompt, (n, size, size, 3) in 0..1; picture i starts from noise seeded with seed + i."""
     pictures = []
@@ -35,7 +38,7 @@ def draw(
         part = prompts[start : start + batch]
         latents = torch.zeros(len(part), 4, size // 8, size // 8)
         noise = torch.cat([comfy.sample.prepare_noise(latents[:1], seed + start + i) for i in range(len(part))])
-        positive, negative = encode(clip, part), encode(clip, [""] * len(part))
+        positive, negative = encoding(clip, part), encode(clip, [""] * len(part))
         samples = comfy.sample.sample(
             model, noise, steps, cfg, sampler, scheduler, positive, negative, latents, disable_pbar=True, seed=seed
         )
