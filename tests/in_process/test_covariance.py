@@ -146,13 +146,13 @@ def test_what_cannot_be_inverted_is_said_in_one_sentence(broken):
 
 def test_without_own_text_the_captions_of_the_pack_are_used(clip, batches, monkeypatch):
     monkeypatch.setattr(covariance, "captions", lambda: TEXTS)
-    covariance._own_captions.cache_clear()
+    covariance.own_captions.cache_clear()
     try:
         blank = precision(clip, " \n\n")
         assert sum(batches) == len(TEXTS) and torch.equal(precision(clip), blank)
         assert torch.equal(precision(clip, f"\n{OWN}\n\n"), blank) and sum(batches) == len(TEXTS)
     finally:
-        covariance._own_captions.cache_clear()
+        covariance.own_captions.cache_clear()
 
 
 def test_it_is_measured_once_also_by_another_process(clip, folder, batches, monkeypatch):
