@@ -62,7 +62,6 @@ class TunedEdit(EditMethod):
     """A Perfusion edit that starts where the encoder puts it."""
 
     architecture = "e4t-perfusion"
-    discerning = False  # as domains are pretrained
 
     def __init__(self, domain: Domain, photos: Sequence[Photo], precision: Tensor, encoder: str, unet: ModelPatcher,
                  clip: CLIP, recipe: EditRecipe, lessons: Lessons, vision: Vision | None = None) -> None:

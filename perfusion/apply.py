@@ -18,14 +18,13 @@ KEYS, VALUES = 0, 1
 class Applied:
     """An edit as it acts on a model.
 
-    `dual` (d) is C⁻¹ i*. The gate and the concept's presence in a prompt go by `gate_dual` (d) instead, if there is one
-    (see `gating`). `bias` β and `temperature` τ shape the gate. At `strength` 0 the concept's values are those of its
-    super-category, at 1 those learned; `key_strength` scales the whole edit of the keys. `start` and `end` are shares
-    of the sampling.
+    `dual` (d) is C⁻¹ i*. `bias` β and `temperature` τ shape the gate. At `strength` 0 the concept's values are those
+    of its super-category, at 1 those learned; `key_strength` scales the whole edit of the keys. `start` and `end` are
+    shares of the sampling.
 
     A token that has only read of the concept gives nothing of it (`gate_of_kin`), and what the gate withholds of a
     concept stays what it is or becomes the super-category (`withheld`), so that a high bias draws that instead of
-    erasing it. `everywhere` is equation 3 to the letter instead: none of these, and also in prompts without the
+    erasing it. `everywhere` is equation 3 to the letter instead: neither of these, and also in prompts without the
     concept.
     """
 
@@ -39,7 +38,6 @@ class Applied:
     start: float = 0.0
     end: float = 1.0
     everywhere: bool = False
-    gate_dual: Tensor | None = None
 
     @property
     def presence(self) -> float:
@@ -114,12 +112,12 @@ class Call:
         if not self.known:
             self._move(encodings.device)
         if id(encodings) not in self.known:
-            s, told = (similarity(encodings.float(), self.inputs, dual) for dual in (self.dual, self.gate_dual))
-            most = told.amax(1, keepdim=True)
+            s = similarity(encodings.float(), self.inputs, self.dual)
+            most = s.amax(1, keepdim=True)
             self.seen.append(most.amax((0, 1)))
             present = most >= self.presence
             c = components(s, self.inputs, self.dual, present.expand_as(s))
-            published, kin = gate(s, self.bias, self.temperature), gate_of_kin(told, self.bias, self.temperature)
+            published, kin = gate(s, self.bias, self.temperature), gate_of_kin(s, self.bias, self.temperature)
             g = torch.where(self.everywhere, published, kin) * present
             opened = gate_of_kin(torch.ones_like(self.bias), self.bias, self.temperature)
             untouched, given_back = withheld(c, g, opened)
@@ -139,7 +137,6 @@ class Call:
         self.inputs = torch.stack([edit.target_input for edit in edits]).to(device)
         self.vectors = torch.cat([self.inputs, torch.stack([edit.super_input for edit in edits]).to(device)])[None]
         self.dual = torch.stack([a.dual for a in self.edits]).to(device)
-        self.gate_dual = torch.stack([a.dual if a.gate_dual is None else a.gate_dual for a in self.edits]).to(device)
         values = torch.stack([torch.cat([edit.values[name] for name in self.layers]) for edit in edits]).to(device)
         sizes = [len(edits[0].values[name]) for name in self.layers]
         self.learned = dict(zip(self.layers, values.split(sizes, 1), strict=True))

@@ -19,7 +19,6 @@ class Edit:
     A prompt holds the concept when some token's similarity to i* reaches `presence`.
     `encoder` is the fingerprint of the text encoder whose covariance the similarity is measured with. Where that was
     measured on captions of the user's own, `dual` holds C⁻¹ i* (d), since nobody else could measure it again.
-    With `discerning` its gate goes by the metric of the concept's own prompts (see `gating`), as it was learned with.
     """
 
     target_input: Tensor
@@ -29,7 +28,6 @@ class Edit:
     presence: float = 0.6
     encoder: str = ""
     dual: Tensor | None = None
-    discerning: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", MappingProxyType(dict(self.values)))

@@ -4,7 +4,6 @@ Its tensors are the word's vectors for each text encoder, `word.clip_l`; `inputs
 super-category's; and end to end in one tensor, so that a header of a hundred bytes for each layer is saved, the
 `values` of the layers in `concepts.layers`, and where keys were trained their `keys`, of the same layers unless
 `concepts.key_layers` names others. Where captions of the user's own made the metric there is `dual`, in fp32.
-`concepts.gate` says that the gate was learned with the metric of the concept's own prompts.
 """
 
 import json
@@ -31,7 +30,6 @@ from ..training.disk import read_whole
 from .concept import Edit
 
 FORMAT = 1
-DISCERNING = "own prompts"
 ENDING = ".safetensors"
 LARGEST = 8 * 2**20  # bytes; a concept for SDXL with trained keys and a cover takes half a million
 MOST_LAYERS = 1000
@@ -65,8 +63,7 @@ def to_bytes(concept: Concept) -> bytes:
     data = with_metadata(
         safetensors.torch.save(tensors),
         {
-            **{key: text for key, text in concept.metadata.items()
-               if key not in ("concepts.key_layers", "concepts.gate")},
+            **{key: text for key, text in concept.metadata.items() if key != "concepts.key_layers"},
             "concepts.layers": layers,
             **({"concepts.key_layers": key_layers} if key_layers not in ("", layers) else {}),
             "concepts.format": str(FORMAT),
@@ -75,7 +72,6 @@ def to_bytes(concept: Concept) -> bytes:
             "concepts.class_word": word.class_word,
             "concepts.presence": f"{edit.presence:.4f}",
             "concepts.encoder": edit.encoder,
-            **({"concepts.gate": DISCERNING} if edit.discerning else {}),
             "trained_words": json.dumps([word.placeholder]),
         },
     )
@@ -112,8 +108,7 @@ def from_bytes(data: bytes, name: str, placeholder: str = "") -> Concept:
     dual = vectors.get("dual")
     _check_together(name, target, word, values, keys, dual)
     presence, encoder = _presence(name, metadata), metadata.get("concepts.encoder", "")
-    edit = Edit(target, super_input, values, keys, presence, encoder, dual,
-                metadata.get("concepts.gate") == DISCERNING)
+    edit = Edit(target, super_input, values, keys, presence, encoder, dual)
     written = placeholder_in(name, metadata, placeholder)
     return Concept((Word(written, metadata.get("concepts.class_word", ""), word),), edit, metadata)
 

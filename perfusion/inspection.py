@@ -11,7 +11,6 @@ from ..training.preview import FAINT, INK, LINE, PANEL, PAPER, RAW
 from .apply import BIAS, TEMPERATURE
 from .covariance import precision
 from .edit import gate_of_kin, similarity
-from .gating import gate_dual_of
 
 ROW, NAME_WIDTH, BAR_WIDTH = 26, 220, 360
 
@@ -21,8 +20,7 @@ def gates(clip: CLIP, concept: Concept, prompt: str, bias: float = BIAS,
           temperature: float = TEMPERATURE) -> list[tuple[str, float, float]]:
     """Each token of a prompt up to its end with its similarity to i* and its gate, as `apply` has it."""
     taught = apply_words(clip, concept, 1.0)
-    target, edit = concept.edit.target_input[None], concept.edit
-    dual = gate_dual_of(clip, concept) if edit.discerning else edit.dual_under(precision(clip)).float()
+    target, dual = concept.edit.target_input[None], concept.edit.dual_under(precision(clip)).float()
     encodings = encode(ready(taught), prompt)[0][0].float().cpu()
     s = similarity(encodings, target, dual[None])[:, 0]
     open_ = gate_of_kin(s, bias, temperature)

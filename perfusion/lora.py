@@ -20,7 +20,7 @@ KEPT = ("modelspec.base_model", "modelspec.title", "ssmd_cover_images", "concept
 def to_lora(model: ModelPatcher, concept: Concept, dual: Tensor, strength: float = 1.0) -> dict[str, Tensor]:
     """LoRA tensors of rank 1 (fp16), up (o* - W i*) and down M⁻¹ i* / <i*, i*>, so that W' i* = o* at strength 1.
 
-    Without a gate the change acts on every token as far as it resembles i*. `dual` (d) is M⁻¹ i*, the gate's. W is what
+    Without a gate the change acts on every token as far as it resembles i*. `dual` (d) is M⁻¹ i* of `linear`. W is what
     the model's layers compute, with the LoRAs on it; the word is bundled as A1111 does. Raises ValueError for numbers
     that half precision cannot hold.
     """

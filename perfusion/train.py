@@ -24,7 +24,6 @@ from .apply import Applied, Call, applied, overrides
 from .concept import Edit
 from .edit import TRAINING_TEMPERATURE, similarity
 from .file import save
-from .gating import gate_dual, gate_precision
 from .masks import zero_shot
 
 SURE = 0.8  # of the word's own similarity: below this a prompt may hold the word
@@ -61,7 +60,6 @@ class EditMethod(WordMethod):
     average."""
 
     architecture = "perfusion"
-    discerning = True
     recipe: EditRecipe
 
     def __init__(self, precision: Tensor, encoder: str, unet: ModelPatcher, clip: CLIP, recipe: EditRecipe,
@@ -70,10 +68,6 @@ class EditMethod(WordMethod):
         self.encoder, self.device = encoder, unet.load_device
         self.places: dict[str, int] = {}
         self.precision = precision.to(self.device)
-        self.gate_precision = self.precision
-        if self.discerning:
-            metric = gate_precision(self.clip, recipe.placeholder, recipe.vectors, precision)
-            self.gate_precision = metric.to(self.device)
         self.attentions = cross_attentions(unet.model.diffusion_model)
         self.super_input = self._super_input(clip)
         self.target_input = self.super_input.clone()
@@ -106,7 +100,7 @@ class EditMethod(WordMethod):
             target = target + met - met.detach()
         bias = self.recipe.bias + self.recipe.slide * (2 * Random(batch.lot).random() - 1)
         training = Applied(self._edit(target), self._dual(target), self.recipe.placeholder, bias,
-                           self.recipe.temperature, gate_dual=target @ self.gate_precision)
+                           self.recipe.temperature)
         self.call = Call(list(self.attentions), [training], context.to(self.device))
         error = self.error_under(batch, context, pooled)
         return error + self.recipe.constancy * self._away(batch.lot, target.detach())
@@ -123,9 +117,8 @@ class EditMethod(WordMethod):
         self.met.clear()
 
     def sampled(self) -> ModelPatcher:
-        gate_dual = self._gate_dual()
-        edit = applied(self.learned_edit(gate_dual), self.precision.cpu(), self.recipe.placeholder, gate_dual=gate_dual)
-        return with_edits(self.unet, [edit], overrides)
+        edit = self.learned_edit()
+        return with_edits(self.unet, [applied(edit, self.precision.cpu(), self.recipe.placeholder)], overrides)
 
     def concept(self, metadata: Mapping[str, str]) -> Concept:
         return Concept((self.word(),), self.learned_edit(), metadata)
@@ -133,16 +126,14 @@ class EditMethod(WordMethod):
     def keep(self, concept: Concept, name: str) -> Path:
         return save(concept, unfinished_folder(), name)
 
-    def learned_edit(self, gate_dual: Tensor | None = None) -> Edit:
-        """The edit so far, as values of its own; its gate's dual (d) is measured unless it is known."""
+    def learned_edit(self) -> Edit:
+        """The edit so far, as values of its own."""
         target = self.target_input.detach()
         edit = self._edit(target)
         values, keys = ({name: value.detach().cpu().clone() for name, value in kind.items()}
                         for kind in (edit.values, edit.keys))
-        presence = self._presence(self._gate_dual() if gate_dual is None else gate_dual)
-        dual = self._dual(target).cpu() if self.recipe.corpus else None
-        return Edit(target.cpu().clone(), self.super_input.cpu(), values, keys, presence, self.encoder, dual,
-                    self.discerning)
+        return Edit(target.cpu().clone(), self.super_input.cpu(), values, keys, self._presence(), self.encoder,
+                    self._dual(target).cpu() if self.recipe.corpus else None)
 
     def _edit(self, target: Tensor) -> Edit:
         own = self._through("to_v", target.detach())
@@ -151,12 +142,6 @@ class EditMethod(WordMethod):
 
     def _dual(self, target: Tensor) -> Tensor:
         return target @ self.precision
-
-    def _gate_dual(self) -> Tensor:
-        target = self.target_input.detach()
-        if not self.discerning:
-            return self._dual(target).cpu()
-        return gate_dual(self.clip, self.recipe.placeholder, self.recipe.vectors, target, self.precision)
 
     def _super_input(self, clip: CLIP) -> Tensor:
         """The mean encoding (d), over the sentences, of the super-category's last token, which has read the others."""
@@ -192,12 +177,13 @@ class EditMethod(WordMethod):
         return (floor + (1 - floor) * masks).unflatten(0, latents.shape[:2])
 
     @torch.no_grad()
-    def _presence(self, gate_dual: Tensor) -> float:
+    def _presence(self) -> float:
         """The similarity half way between the most a class word has in the sentences and the least the word has.
 
         A word that came out no nearer to i* than its class word is never lost to its own prompts.
         """
-        target, dual = self.target_input[None], gate_dual[None].to(self.device)
+        target = self.target_input[None]
+        dual = self._dual(target)
         word, others = [], []
         for sentence in self.recipe.sentences:
             text = fill(sentence, self.recipe.placeholder)

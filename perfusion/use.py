@@ -10,7 +10,6 @@ from ..textual_inversion.concept import Concept
 from .apply import Applied, applied, overrides
 from .covariance import encoder_fingerprint, precision
 from .file import check_fits
-from .gating import gate_dual_of
 
 log = logging.getLogger("concepts")
 
@@ -63,8 +62,7 @@ def _ready(
     if concept.edit.encoder and concept.edit.encoder != encoder_fingerprint(clip):
         log.warning("%s was learned with another text encoder than this one; it may look less like its photos.",
                     word.placeholder)
-    gate_dual = gate_dual_of(clip, concept) if concept.edit.discerning else None
-    edit = applied(concept.edit, precision(clip), word.placeholder, strength=strength, gate_dual=gate_dual, **settings)
+    edit = applied(concept.edit, precision(clip), word.placeholder, strength=strength, **settings)
     if edit.start >= edit.end:
         raise ValueError(f"{word.placeholder} would never act: its start ({edit.start:.2f}) is not before its end "
                          f"({edit.end:.2f}); set the start lower or the end higher.")

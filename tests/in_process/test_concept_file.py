@@ -116,15 +116,6 @@ def test_a_metric_of_its_own_keeps_every_bit(tmp_path):
     assert len(to_bytes(made)) - len(to_bytes(concept())) < 32 * 4 + 80
 
 
-def test_a_concept_keeps_the_gate_it_was_learned_with(tmp_path):
-    made = concept()
-    discerning = replace(made, edit=replace(made.edit, discerning=True))
-    read = load(save(discerning, tmp_path, "a"))
-    assert read.edit.discerning and to_bytes(read) == to_bytes(discerning)
-    undone = replace(read, edit=replace(read.edit, discerning=False))
-    assert not load(save(undone, tmp_path, "b")).edit.discerning and to_bytes(undone) == to_bytes(made)
-
-
 def test_what_is_loaded_is_its_own_and_can_be_trained(tmp_path):
     path = save(concept(), tmp_path, "a")
     with torch.inference_mode():

@@ -1,13 +1,13 @@
-"""The metric of a concept's gate: it tells the word from the tokens that have read it."""
+"""The direction of a concept without a gate: it tells the word from the tokens that have read it."""
 
 import numpy as np
 import pytest
 import torch
 from concepts_pack.host.text import encode, ready
-from concepts_pack.perfusion import gating
+from concepts_pack.perfusion import linear
 from concepts_pack.perfusion.concept import Edit
 from concepts_pack.perfusion.edit import similarity
-from concepts_pack.perfusion.gating import gate_dual, gate_dual_of
+from concepts_pack.perfusion.linear import linear_dual, linear_dual_of
 from concepts_pack.textual_inversion.apply import apply_words
 from concepts_pack.textual_inversion.concept import Concept, Word
 
@@ -20,8 +20,8 @@ WIDTH = 32
 def concept(clip, monkeypatch):
     """A concept of random numbers whose target input is what the text encoder makes of its word."""
     root = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(gating, "precision", lambda clip: root @ root.T / WIDTH + torch.eye(WIDTH))
-    monkeypatch.setattr(gating, "_remembered", {})
+    monkeypatch.setattr(linear, "precision", lambda clip: root @ root.T / WIDTH + torch.eye(WIDTH))
+    monkeypatch.setattr(linear, "_remembered", {})
     word = Word("<mine>", "cat", {"clip_l": torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(2))})
     taught = apply_words(clip, Concept((word,), None, {"modelspec.base_model": "SD15"}), 1.0)
     target = encode(ready(taught), "a <mine> at sea")[0][0, 2].float()
@@ -30,9 +30,9 @@ def concept(clip, monkeypatch):
 
 def test_it_is_the_inverse_of_three_covariances(clip, concept):
     taught, target = ready(apply_words(clip, concept, 1.0)), concept.edit.target_input
-    metric = gating.precision(clip)
-    prompts = gating._prompts("<mine>")
-    assert len(set(prompts)) == gating.PROMPTS and all("<mine>" in prompt for prompt in prompts)
+    metric = linear.precision(clip)
+    prompts = linear._prompts("<mine>")
+    assert len(set(prompts)) == linear.PROMPTS and all("<mine>" in prompt for prompt in prompts)
     read, strays, count = np.zeros((WIDTH, WIDTH)), np.zeros((WIDTH, WIDTH)), 0
     for prompt in prompts:
         encoding = encode(taught, prompt)[0][0].double().numpy()
@@ -43,14 +43,14 @@ def test_it_is_the_inverse_of_three_covariances(clip, concept):
         stray = encoding[place] - target.double().numpy()
         strays = strays + np.outer(stray, stray) / len(prompts)
     whole = np.linalg.inv(metric.double().numpy()) + read / count + strays
-    whole += gating.RIDGE * np.trace(read / count + strays) / WIDTH * np.eye(WIDTH)
+    whole += linear.RIDGE * np.trace(read / count + strays) / WIDTH * np.eye(WIDTH)
     expected = np.linalg.solve(whole, target.double().numpy())
-    np.testing.assert_allclose(gate_dual(taught, "<mine>", 1, target, metric), expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(linear_dual(taught, "<mine>", 1, target, metric), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_tokens_behind_the_word_are_less_like_it_and_the_word_is_not(clip, concept):
     target = concept.edit.target_input[None]
-    duals = [target @ gating.precision(clip), gate_dual_of(clip, concept)[None]]
+    duals = [target @ linear.precision(clip), linear_dual_of(clip, concept)[None]]
     taught = ready(apply_words(clip, concept, 1.0))
     encoding = encode(taught, "a painting of the <mine>, under a tree with two birds")[0][0].float()
     found = [similarity(encoding, target, dual)[:, 0] for dual in duals]
@@ -60,18 +60,18 @@ def test_tokens_behind_the_word_are_less_like_it_and_the_word_is_not(clip, conce
 
 
 def test_it_is_measured_once_and_without_loras(clip, concept, monkeypatch):
-    found = gate_dual_of(clip, concept)
-    monkeypatch.setattr(gating, "encode", None)
-    assert gate_dual_of(clip, concept) is found and gate_dual_of(with_lora(clip), concept) is found
+    found = linear_dual_of(clip, concept)
+    monkeypatch.setattr(linear, "encode", None)
+    assert linear_dual_of(clip, concept) is found and linear_dual_of(with_lora(clip), concept) is found
     monkeypatch.undo()
-    monkeypatch.setattr(gating, "_remembered", {})
-    monkeypatch.setattr(gating, "precision", lambda clip: torch.eye(WIDTH))
-    plainly = gate_dual_of(clip, concept)
-    gating._remembered.clear()
-    torch.testing.assert_close(gate_dual_of(with_lora(clip), concept), plainly)
+    monkeypatch.setattr(linear, "_remembered", {})
+    monkeypatch.setattr(linear, "precision", lambda clip: torch.eye(WIDTH))
+    plainly = linear_dual_of(clip, concept)
+    linear._remembered.clear()
+    torch.testing.assert_close(linear_dual_of(with_lora(clip), concept), plainly)
 
 
 def test_another_text_encoder_is_refused(clip, concept):
     wide = Edit(torch.ones(WIDTH + 16), torch.ones(WIDTH + 16), {"layer": torch.ones(4)})
     with pytest.raises(ValueError, match=f"<mine> was learned with .* gives {WIDTH + 16} numbers .* gives {WIDTH}:"):
-        gate_dual_of(clip, Concept(concept.words, wide, concept.metadata))
+        linear_dual_of(clip, Concept(concept.words, wide, concept.metadata))
