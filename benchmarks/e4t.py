@@ -23,7 +23,7 @@ from ..e4t import domain, tune
 from ..e4t.tune import TunedEdit, tuning_recipe
 from ..e4t.tune_whole import TunedWhole, whole_recipe
 from ..microworld.data import parallel, work
-from ..microworld.domain import instance_photos
+from ..microworld.domain import DOMAINS, instance_photos
 from ..microworld.host import WEIGHTS
 from ..microworld.oracle import load, similarity
 from ..nodes import train_perfusion, train_textual_inversion
@@ -134,23 +134,39 @@ def record(file: Path) -> dict:
     return json.loads(domain.load(file).metadata.get("concepts.training", "{}"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--domain", default="teddy")
-    parser.add_argument("--file", type=Path, help="the domain file; the one that comes with the pack by default")
+def parser(description: str) -> argparse.ArgumentParser:
+    """The settings of everything that is measured with a domain."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--domain", choices=DOMAINS, default="teddy")
     parser.add_argument("--instances", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--bias", type=float, default=0.7)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", nargs="*", default=(), help="the learners whose labels begin so; all by default")
-    args = parser.parse_args()
-    file = args.file or WEIGHTS / "domains" / f"{args.domain}.safetensors"
-    jobs = [(args.domain, file, number, seed, args.cfg, args.bias, tuple(args.only))
+    return parser
+
+
+def measured(args: argparse.Namespace, file: Path, labels: tuple[str, ...]) -> dict[str, dict]:
+    """Means and intervals over instances and seeds, by label."""
+    jobs = [(args.domain, file, number, seed, args.cfg, args.bias, labels)
             for seed in range(args.seeds) for number in range(args.instances)]
-    found = summary(row for part in parallel(one, *zip(*jobs, strict=True), workers=args.workers) for row in part)
-    keep(found | {"domain": args.domain, "pretraining": record(file), "instances": args.instances, "seeds": args.seeds,
-                  "cfg": args.cfg, "bias": args.bias}, f"e4t_{args.domain}")
+    found = parallel(one, *zip(*jobs, strict=True), workers=args.workers)
+    return summary(row for part in found for row in part)
+
+
+def conditions(args: argparse.Namespace) -> dict:
+    """What a result was measured with."""
+    return {name: getattr(args, name) for name in ("domain", "instances", "seeds", "cfg", "bias")}
+
+
+def main() -> None:
+    own = parser(__doc__)
+    own.add_argument("--file", type=Path, help="the domain file; the one that comes with the pack by default")
+    own.add_argument("--only", nargs="*", default=(), help="the learners whose labels begin so; all by default")
+    args = own.parse_args()
+    file = args.file or WEIGHTS / "domains" / f"{args.domain}.safetensors"
+    keep(measured(args, file, tuple(args.only)) | conditions(args) | {"pretraining": record(file)},
+         f"e4t_{args.domain}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from ..microworld.oracle import load
 from ..microworld.world import CONCEPTS, concept_photos
 from ..perfusion.apply import applied, overrides
 from ..perfusion.covariance import precision
-from ..perfusion.linear import linear_dual_of
+from ..perfusion.linear import linear_dual
 from ..perfusion.lora import to_lora
 from ..perfusion.use import apply_concept
 from ..textual_inversion.apply import apply_words
@@ -41,8 +41,8 @@ STRENGTHS = (0.7, 1.0)
 def layer_differences(base, concept: Concept, bias: float) -> dict[str, float]:
     """|LoRA - edit| ÷ |edit - plain| over all layers and scenes, at the concept's token and at the others."""
     model, clip = base[0], ready(apply_words(base[1], concept, 1.0))
-    (word,), linear_dual = concept.words, linear_dual_of(base[1], concept)
-    lora, names = to_lora(model, concept, linear_dual), lora_names(model)
+    (word,) = concept.words
+    lora, names = to_lora(model, concept, linear_dual(base[1], concept)), lora_names(model)
     attentions = cross_attentions(model.model.diffusion_model)
     edit = applied(concept.edit, precision(base[1]), word.placeholder, bias=bias)
     squares: dict[str, np.ndarray] = {}
@@ -75,7 +75,7 @@ def pictures_of(base, concept: Concept, seed: int, cfg: float, label: str, amoun
     if label == "edit":
         model, clip = apply_concept(model, clip, concept, 1.0, bias=amount)
     elif label == "LoRA":
-        lora = to_lora(model, concept, linear_dual_of(clip, concept))
+        lora = to_lora(model, concept, linear_dual(clip, concept))
         model, clip = comfy.sd.load_lora_for_models(model, None, lora, amount, 0)[0], apply_words(clip, concept, 1.0)
     else:
         written = word.class_word

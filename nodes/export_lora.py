@@ -5,7 +5,7 @@ from comfy_api.latest import io, ui
 from ..host.cross_attention import sizes
 from ..host.folders import loras_folder
 from ..perfusion.file import check_fits
-from ..perfusion.linear import linear_dual_of
+from ..perfusion.linear import linear_dual
 from ..perfusion.lora import to_bytes, to_lora
 from ..textual_inversion.concept import Concept as ConceptValue
 from ..textual_inversion.file import checked_name, free_path
@@ -53,7 +53,7 @@ class ConceptsExportLora(io.ComfyNode):
             raise ValueError("This concept is only a word, which no LoRA can hold alone; save it with Save Concept.")
         name = checked_name(name)
         check_fits(concept, sizes(model))
-        tensors = to_lora(model, concept, linear_dual_of(clip, concept), strength)
+        tensors = to_lora(model, concept, linear_dual(clip, concept), strength)
         path = free_path(loras_folder(), name, ".safetensors", overwrite)
         write_whole(path, to_bytes(tensors, concept))
         saved = path.relative_to(loras_folder()).as_posix()

@@ -7,7 +7,6 @@ covariance of the tokens behind the word and S how far the word itself strays fr
 on the word.
 """
 
-import hashlib
 from random import Random
 
 import torch
@@ -18,73 +17,42 @@ from ..host.text import encode, plain, ready, widths, word_places
 from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
 from ..textual_inversion.templates import fill
-from .covariance import encoder_fingerprint, own_captions, precision
+from .covariance import own_captions, precision
 
 FORMS = ("a photo of {{}}, {}", "{}, {{}}", "a {{}} {}")
 PROMPTS = 48
 RIDGE = 1e-6  # of the mean variance
-REMEMBERED = 64
-_remembered: dict[str, Tensor] = {}
-
-
-def linear_dual_of(clip: CLIP, concept: Concept) -> Tensor:
-    """(C + R + S)⁻¹ i* (d), fp32 on the CPU and not to be changed, of a concept with an edit, with this text encoder
-    without LoRAs; measured once for each concept. Raises ValueError for another kind of text encoder."""
-    (word,) = concept.words
-    given, here = len(concept.edit.target_input), sum(widths(clip).values())
-    if given != here:
-        raise ValueError(f"{word.placeholder} was learned with a text encoder that gives {given} numbers for a token; "
-                         f"this CLIP gives {here}: take model and CLIP from one checkpoint.")
-    digest = hashlib.sha256(encoder_fingerprint(clip).encode())
-    for tensor in (concept.edit.target_input, *word.vectors.values()):
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    name = digest.hexdigest()
-    if name not in _remembered:
-        metric, taught = precision(clip), ready(apply_words(plain(clip), concept, 1.0))
-        vectors = len(next(iter(word.vectors.values())))
-        _remembered[name] = linear_dual(taught, word.placeholder, vectors, concept.edit.target_input, metric)
-        for oldest in list(_remembered)[:-REMEMBERED]:
-            del _remembered[oldest]
-    return _remembered[name]
-
-
-def linear_dual(clip: CLIP, placeholder: str, vectors: int, target: Tensor, precision: Tensor) -> Tensor:
-    """(C + R + S)⁻¹ i* (d), fp32 on the CPU, for i* (d), C⁻¹ (d d) and a CLIP that knows the word and is loaded.
-
-    `vectors` is how many the word has.
-    """
-    behind, word = _read(clip, placeholder, vectors)
-    target = target.cpu().double()
-    return (_with_spread(precision, behind, word - target) @ target).float()
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _read(clip: CLIP, placeholder: str, vectors: int) -> tuple[Tensor, Tensor]:
-    """Encodings of all tokens behind the word in some prompts (t d), and of the word's last token in each (n d)."""
-    behind, word = [], []
-    for prompt in _prompts(placeholder):
-        encoding = encode(clip, prompt)[0][0].cpu().double()
-        place = word_places(clip, prompt, vectors)[0]
+def linear_dual(clip: CLIP, concept: Concept) -> Tensor:
+    """(C + R + S)⁻¹ i* (d), in double precision on the CPU, of a concept with an edit; the text encoder's LoRAs do not
+    count.
+
+    With R + S = L Lᵀ it is P i* - P L (1 + Lᵀ P L)⁻¹ Lᵀ P i* for P = C⁻¹ (Woodbury). Raises ValueError for another kind
+    of text encoder.
+    """
+    (word,), target = concept.words, concept.edit.target_input.double()
+    here = sum(widths(clip).values())
+    if len(target) != here:
+        raise ValueError(f"{word.placeholder} was learned with a text encoder that gives {len(target)} numbers for a "
+                         f"token; this CLIP gives {here}: take model and CLIP from one checkpoint.")
+    metric, taught = precision(clip).double(), ready(apply_words(plain(clip), concept, 1.0))
+    behind, word_itself = [], []
+    for prompt in _prompts(word.placeholder):
+        encoding = encode(taught, prompt)[0][0].cpu().double()
+        place = word_places(taught, prompt, len(next(iter(word.vectors.values()))))[0]
         behind.append(encoding[place + 1:])
-        word.append(encoding[place])
-    return torch.cat(behind), torch.stack(word)
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _with_spread(precision: Tensor, *samples: Tensor) -> Tensor:
-    """(C + Σ E[x xᵀ])⁻¹ (d d) for P = C⁻¹ and samples x (n d), in double precision.
-
-    With L Lᵀ for the sum it is P - P L (1 + Lᵀ P L)⁻¹ Lᵀ P (Woodbury).
-    """
-    metric, spread = precision.cpu().double(), sum(x.T @ x / len(x) for x in samples)
+        word_itself.append(encoding[place])
+    read, strays = torch.cat(behind), torch.stack(word_itself) - target
+    spread = read.T @ read / len(read) + strays.T @ strays / len(strays)
     spread.diagonal().add_(RIDGE * spread.trace() / len(spread))
     factor = torch.linalg.cholesky(spread)
-    through = metric @ factor
+    own, through = metric @ target, metric @ factor
     inner = factor.T @ through
     inner.diagonal().add_(1)
-    return metric - through @ torch.linalg.solve(inner, through.T)
+    return own - through @ torch.linalg.solve(inner, factor.T @ own)
 
 
 def _prompts(placeholder: str) -> list[str]:

@@ -26,7 +26,7 @@ def to_lora(model: ModelPatcher, concept: Concept, dual: Tensor, strength: float
     """
     (word,), edit = concept.words, concept.edit
     target = edit.target_input
-    down = (dual.double() / (dual.double() @ target.double())).float()
+    down = (dual / (dual @ target.to(dual))).float()
     balance = down.norm()  # so that neither half is small beside the other
     settle(model)
     inputs = torch.stack([target, edit.super_input]).to(model.load_device, model.model.get_dtype_inference())

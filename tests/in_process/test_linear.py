@@ -7,7 +7,7 @@ from concepts_pack.host.text import encode, ready
 from concepts_pack.perfusion import linear
 from concepts_pack.perfusion.concept import Edit
 from concepts_pack.perfusion.edit import similarity
-from concepts_pack.perfusion.linear import linear_dual, linear_dual_of
+from concepts_pack.perfusion.linear import linear_dual
 from concepts_pack.textual_inversion.apply import apply_words
 from concepts_pack.textual_inversion.concept import Concept, Word
 
@@ -21,7 +21,6 @@ def concept(clip, monkeypatch):
     """A concept of random numbers whose target input is what the text encoder makes of its word."""
     root = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(linear, "precision", lambda clip: root @ root.T / WIDTH + torch.eye(WIDTH))
-    monkeypatch.setattr(linear, "_remembered", {})
     word = Word("<mine>", "cat", {"clip_l": torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(2))})
     taught = apply_words(clip, Concept((word,), None, {"modelspec.base_model": "SD15"}), 1.0)
     target = encode(ready(taught), "a <mine> at sea")[0][0, 2].float()
@@ -45,12 +44,12 @@ def test_it_is_the_inverse_of_three_covariances(clip, concept):
     whole = np.linalg.inv(metric.double().numpy()) + read / count + strays
     whole += linear.RIDGE * np.trace(read / count + strays) / WIDTH * np.eye(WIDTH)
     expected = np.linalg.solve(whole, target.double().numpy())
-    np.testing.assert_allclose(linear_dual(taught, "<mine>", 1, target, metric), expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(linear_dual(clip, concept), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_tokens_behind_the_word_are_less_like_it_and_the_word_is_not(clip, concept):
     target = concept.edit.target_input[None]
-    duals = [target @ linear.precision(clip), linear_dual_of(clip, concept)[None]]
+    duals = [target @ linear.precision(clip), linear_dual(clip, concept)[None]]
     taught = ready(apply_words(clip, concept, 1.0))
     encoding = encode(taught, "a painting of the <mine>, under a tree with two birds")[0][0].float()
     found = [similarity(encoding, target, dual)[:, 0] for dual in duals]
@@ -59,19 +58,11 @@ def test_tokens_behind_the_word_are_less_like_it_and_the_word_is_not(clip, conce
     assert abs(told_word - 1) < max(0.3, abs(word - 1))
 
 
-def test_it_is_measured_once_and_without_loras(clip, concept, monkeypatch):
-    found = linear_dual_of(clip, concept)
-    monkeypatch.setattr(linear, "encode", None)
-    assert linear_dual_of(clip, concept) is found and linear_dual_of(with_lora(clip), concept) is found
-    monkeypatch.undo()
-    monkeypatch.setattr(linear, "_remembered", {})
-    monkeypatch.setattr(linear, "precision", lambda clip: torch.eye(WIDTH))
-    plainly = linear_dual_of(clip, concept)
-    linear._remembered.clear()
-    torch.testing.assert_close(linear_dual_of(with_lora(clip), concept), plainly)
+def test_loras_on_the_text_encoder_do_not_count(clip, concept):
+    torch.testing.assert_close(linear_dual(with_lora(clip), concept), linear_dual(clip, concept))
 
 
 def test_another_text_encoder_is_refused(clip, concept):
     wide = Edit(torch.ones(WIDTH + 16), torch.ones(WIDTH + 16), {"layer": torch.ones(4)})
     with pytest.raises(ValueError, match=f"<mine> was learned with .* gives {WIDTH + 16} numbers .* gives {WIDTH}:"):
-        linear_dual_of(clip, Concept(concept.words, wide, concept.metadata))
+        linear_dual(clip, Concept(concept.words, wide, concept.metadata))

@@ -19,7 +19,7 @@ from concepts_pack.microworld.host import CHECKPOINT
 from concepts_pack.nodes.export_lora import ConceptsExportLora
 from concepts_pack.perfusion.concept import Edit
 from concepts_pack.perfusion.edit import dual_of, rank_one
-from concepts_pack.perfusion.linear import linear_dual_of
+from concepts_pack.perfusion.linear import linear_dual
 from concepts_pack.perfusion.lora import to_bytes, to_lora
 from concepts_pack.textual_inversion import file as word_file
 from concepts_pack.textual_inversion.concept import Concept, Word
@@ -212,7 +212,7 @@ def test_node_writes_what_loaders_list(model, clip, loras):
     assert output.result == ("mine.safetensors",) and "mine.safetensors" in output.ui.as_dict()["text"][0]
     assert export(model, clip, made).result == ("mine_2.safetensors",)
     first, second = ((loras / name).read_bytes() for name in ("mine.safetensors", "mine_2.safetensors"))
-    assert first == second == to_bytes(to_lora(model, made, linear_dual_of(clip, made)), made)
+    assert first == second == to_bytes(to_lora(model, made, linear_dual(clip, made)), made)
     assert export(model, clip, made, strength=0.5, overwrite=True).result == ("mine.safetensors",)
     assert (loras / "mine.safetensors").read_bytes() != first
     assert export(model, clip, made, name="people/anna").result == ("people/anna.safetensors",)
