@@ -271,8 +271,9 @@ def server_command(host: Host, folder: Path, port: int) -> list:
 
 
 def has_gpu(host: Host) -> bool:
-    """Ask the host's torch for a CUDA (or ROCm) device."""
-    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    """Ask the host's torch for a CUDA (or ROCm) device, and its Python for an Ascend card's package."""
+    code = ("import importlib.util as packages, sys, torch; "
+            "sys.exit(not (torch.cuda.is_available() or packages.find_spec('torch_npu')))")
     return subprocess.run([host.python, "-c", code], stderr=subprocess.DEVNULL).returncode == 0
 
 

@@ -70,7 +70,7 @@ class TunedEdit(EditMethod):
         with torch.no_grad():
             for name, vectors in self.start.words.items():
                 self.leaves[name].copy_(vectors)
-                self.norms[name] = vectors.norm(dim=1).mean()
+                self.norms[name] = self.leaves[name].norm(dim=1).mean()
             for name, added in self.start.added.items():
                 self.added[name].copy_(added)
             texts = [fill(sentence, recipe.placeholder) for sentence in recipe.sentences]

@@ -34,15 +34,18 @@ def private_copies(
     """
     in_training = comfy.model_management.in_training
     with torch.inference_mode(False), torch.enable_grad():
-        unet, text = _private(model, "MODEL", recompute), clip.clone()
-        text.patcher = _private(clip.patcher, "CLIP")
-        text.cond_stage_model = text.patcher.model
+        unet, of_unet = _private(model, "MODEL", recompute)
+        encoder, of_encoder = _private(clip.patcher, "CLIP")
+        text = clip.clone()
+        text.patcher, text.cond_stage_model = encoder, encoder.model
+        settle(unet, encoder)  # together, as loading one may push out the other
+        del of_unet, of_encoder  # which the host has down as loaded and would have reported as leaked before
         try:
             comfy.model_management.in_training = True
             yield unet, text
         finally:
             comfy.model_management.in_training = in_training
-            for patcher in (unet, text.patcher):
+            for patcher in (unet, encoder):
                 patcher.detach()
             comfy.model_management.soft_empty_cache()
 
@@ -68,8 +71,8 @@ def memory_is_short(model: ModelPatcher) -> bool:
     return device.type != "cpu" and comfy.model_management.get_total_memory(device) < AMPLE
 
 
-def _private(patcher: ModelPatcher, socket: str, recompute: bool = False) -> ModelPatcher:
-    """A patcher with modules of its own, loaded whole, with the LoRAs that `patcher` carries."""
+def _private(patcher: ModelPatcher, socket: str, recompute: bool = False) -> tuple[ModelPatcher, ModelPatcher]:
+    """A patcher with modules of its own, with the LoRAs that `patcher` carries, and what it took the modules from."""
     weights = [*patcher.model.parameters(), *patcher.model.buffers()]
     if patcher.is_dynamic() or any(type(weight.data) is not Tensor for weight in weights):
         fresh = _reloaded(patcher, socket)
@@ -78,8 +81,7 @@ def _private(patcher: ModelPatcher, socket: str, recompute: bool = False) -> Mod
         fresh = ModelPatcher(_twin(patcher.model), patcher.load_device, patcher.offload_device)
     private = patcher.clone(disable_dynamic=True, model_override=fresh.get_clone_model_override())
     _prepare(private, recompute)
-    settle(private)  # while `fresh` lives: the host has it down as loaded and would report it as leaked
-    return private
+    return private, fresh
 
 
 def unload(model: torch.nn.Module) -> None:

@@ -17,12 +17,12 @@ PACK = "concepts_pack"
 
 
 def use_host() -> None:
-    """Make `comfy`, `nodes`, … importable, on the CPU where there is no GPU. Raises KeyError without COMFYUI_PATH."""
+    """Make `comfy`, `nodes`, … importable, on the CPU where there is no card. Raises KeyError without COMFYUI_PATH."""
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     import comfy.cli_args
     import torch
 
-    comfy.cli_args.args.cpu = not torch.cuda.is_available()
+    comfy.cli_args.args.cpu = not torch.cuda.is_available() and importlib.util.find_spec("torch_npu") is None
     torch.set_num_threads(min(os.cpu_count() or 1, 4))
 
 

@@ -93,6 +93,7 @@ class EditMethod(WordMethod):
     def loss(self, batch: Batch) -> Tensor:
         prompts = self.prompts(batch)
         context, pooled = encode_all(self.clip, prompts)
+        context = context.to(self.device)
         met = torch.stack([context[row, self._place(text)] for row, text in enumerate(prompts)]).float().mean(0)
         self.met.append(met.detach())
         target = self.target_input.data
@@ -101,7 +102,7 @@ class EditMethod(WordMethod):
         bias = self.recipe.bias + self.recipe.slide * (2 * Random(batch.lot).random() - 1)
         training = Applied(self._edit(target), self._dual(target), self.recipe.placeholder, bias,
                            self.recipe.temperature)
-        self.call = Call(list(self.attentions), [training], context.to(self.device))
+        self.call = Call(list(self.attentions), [training], context)
         error = self.error_under(batch, context, pooled)
         return error + self.recipe.constancy * self._away(batch.lot, target.detach())
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import comfy.clip_vision
 import comfy.model_base
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.sd1_clip
@@ -22,6 +23,7 @@ hypothesis.settings.load_profile("busy machine")
 torch.set_num_threads(1)  # toy sizes: more threads only wait for each other
 
 CPU = torch.device("cpu")
+DEVICE = comfy.model_management.get_torch_device()
 WIDTH = 32
 UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
@@ -72,7 +74,7 @@ def make_model(
     model = kind(config, model_type=model_type, device=CPU)
     fill(model, 1)
     make_text_matter(model)
-    patcher = comfy.model_patcher.ModelPatcher(model, CPU, CPU)
+    patcher = comfy.model_patcher.ModelPatcher(model, DEVICE, CPU)
     patcher.cached_patcher_init = (make_model, (model_type, family, changes))
     return patcher
 

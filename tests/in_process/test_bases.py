@@ -18,6 +18,8 @@ from concepts_pack.textual_inversion.train import Preview, Recipe, WordMethod, l
 from concepts_pack.training.dataset import Lessons, gather
 from concepts_pack.training.loop import Plan, train
 
+from .conftest import DEVICE
+
 ENCODERS = {"SD20": {"clip_h"}, "SDXL": {"clip_l", "clip_g"}}
 RECIPE = Recipe("<mine>", "cat", steps=3, learning_rate=0.01, batch_size=2, seed=5)
 
@@ -82,7 +84,7 @@ def patcher(family, **unet):
     config = getattr(comfy.supported_models, family)(unet)
     model = torch.nn.Module()
     model.model_config, model.latent_format = config, config.latent_format
-    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    return comfy.model_patcher.ModelPatcher(model, DEVICE, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("family", ["SD15", "SD20", "SDXL", "SSD1B"])

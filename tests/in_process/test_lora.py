@@ -24,7 +24,7 @@ from concepts_pack.perfusion.lora import to_bytes, to_lora
 from concepts_pack.textual_inversion import file as word_file
 from concepts_pack.textual_inversion.concept import Concept, Word
 
-from .conftest import HEADS, UNET, WIDTH, fill, make_model, make_other_clip
+from .conftest import DEVICE, HEADS, UNET, WIDTH, fill, make_model, make_other_clip
 
 ENCODERS = {"SD15": {"clip_l": WIDTH}, "SD20": {"clip_h": WIDTH}, "SDXL": {"clip_l": WIDTH, "clip_g": 48},
             "microworld": {"clip_l": 256}}
@@ -140,7 +140,7 @@ def test_weights_stored_in_few_bits(stored, computed):
         unet = comfy.model_base.BaseModel(config, device=torch.device("cpu"))
         fill(unet, 1)
         unet.diffusion_model.to(stored)
-    few = comfy.model_patcher.ModelPatcher(unet, torch.device("cpu"), torch.device("cpu"))
+    few = comfy.model_patcher.ModelPatcher(unet, DEVICE, torch.device("cpu"))
     made, precision = made_for(few), precision_of(WIDTH)
     lora = to_lora(few, made, made.edit.dual_under(precision))
     name, attention = next(iter(cross_attentions(unet.diffusion_model).items()))

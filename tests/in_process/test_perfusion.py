@@ -13,7 +13,7 @@ from concepts_pack.perfusion.concept import Edit
 from concepts_pack.perfusion.use import apply_concept, concept_hook
 from concepts_pack.textual_inversion.concept import Concept, Word
 
-from .conftest import WIDTH, make_model
+from .conftest import DEVICE, WIDTH, make_model
 
 BASE = {"modelspec.base_model": "SD15"}
 
@@ -330,7 +330,7 @@ def small_control_net():
 
     network = comfy.cldm.cldm.ControlNet(**UNET | HEADS, hint_channels=3)
     fill(network, 8)
-    return comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
+    return comfy.controlnet.ControlNet(network, load_device=DEVICE)
 
 
 def test_with_a_control_net(model, edit, precision, prompts):
@@ -404,7 +404,7 @@ def test_weights_stored_in_few_bits(dtype, precision, prompts):
         fill(base, 1)
         make_text_matter(base)
         base.diffusion_model.to(dtype)
-    stored = comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+    stored = comfy.model_patcher.ModelPatcher(base, DEVICE, torch.device("cpu"))
     one = patched(stored, edit_of(stored, prompts[0][0, 2].clone()), precision)
     result = sample(one, cond(prompts[0]), cond(prompts[1]))
     assert torch.isfinite(result).all() and not torch.equal(result, sample(stored, cond(prompts[0]), cond(prompts[1])))

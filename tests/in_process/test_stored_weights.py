@@ -16,6 +16,8 @@ from concepts_pack.textual_inversion.train import Keeping, Preview, Recipe, lear
 from concepts_pack.training.dataset import gather
 from safetensors.torch import load_file, save_file
 
+from .conftest import DEVICE
+
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
 STORED = (torch.float16, torch.bfloat16, FP8, torch.float8_e5m2)
@@ -34,7 +36,7 @@ def stored_as(dtype, model):
     config.set_inference_dtype(dtype, torch.float32)
     kept = comfy.model_base.BaseModel(config, device=CPU)
     kept.load_state_dict(model.model.state_dict())
-    return comfy.model_patcher.ModelPatcher(kept, CPU, CPU)
+    return comfy.model_patcher.ModelPatcher(kept, DEVICE, CPU)
 
 
 def quantised(folder):
