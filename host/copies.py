@@ -17,7 +17,7 @@ from comfy.sd import CLIP
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-AMPLE = 20 * 2**30  # bytes: room for a batch of 4 at 512 pixels on SD1.x with all activations kept
+AMPLE = 25  # bytes for each of the UNet's weights: 20 GB on SD1.x, room for a batch of 4 with all activations kept
 
 
 @contextmanager
@@ -39,6 +39,8 @@ def private_copies(
         text = clip.clone()
         text.patcher, text.cond_stage_model = encoder, encoder.model
         settle(unet, encoder)  # together, as loading one may push out the other
+        _convert(unet.model, unet.model.get_dtype_inference(), recompute)
+        _convert(encoder.model, torch.float32)  # in which the host lets text encoders compute
         del of_unet, of_encoder  # which the host has down as loaded and would have reported as leaked before
         try:
             comfy.model_management.in_training = True
@@ -67,8 +69,8 @@ def settle(*patchers: ModelPatcher) -> None:
 
 def memory_is_short(model: ModelPatcher) -> bool:
     """Whether the model's device is a graphics card with less memory than training in one go takes."""
-    device = model.load_device
-    return device.type != "cpu" and comfy.model_management.get_total_memory(device) < AMPLE
+    device, weights = model.load_device, sum(weight.numel() for weight in model.model.parameters())
+    return device.type != "cpu" and comfy.model_management.get_total_memory(device) < AMPLE * weights
 
 
 def _private(patcher: ModelPatcher, socket: str, recompute: bool = False) -> tuple[ModelPatcher, ModelPatcher]:
@@ -136,6 +138,21 @@ def _prepare(private: ModelPatcher, recompute: bool) -> None:
         # Half precision has too little range for these gradients.
         bf16 = comfy.model_management.should_use_bf16(private.load_device)
         private.set_model_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
+
+
+def _convert(model: torch.nn.Module, computed: torch.dtype, recompute: bool = False) -> None:
+    """Keeps weights as they are computed with, where the host would cast them anew in each call.
+
+    The backward pass holds on to every such cast, once for each encoded prompt. With `recompute` it holds few, and
+    weights stay as they are that would become larger.
+    """
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Embedding):  # looked up, which is not held on to
+            continue
+        for weight in layer.parameters(recurse=False):
+            larger = computed.itemsize > weight.dtype.itemsize
+            if type(weight.data) is Tensor and weight.is_floating_point() and not (recompute and larger):
+                weight.data = weight.data.to(computed)
 
 
 def _differentiable_forward(layer: CLIPLayer, x: Tensor, mask=None, optimized_attention=None) -> Tensor:

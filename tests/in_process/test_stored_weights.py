@@ -10,6 +10,7 @@ import comfy.supported_models
 import folder_paths
 import pytest
 import torch
+from concepts_pack.host.copies import private_copies
 from concepts_pack.host.text import rows
 from concepts_pack.microworld.host import CHECKPOINT
 from concepts_pack.textual_inversion.train import Keeping, Preview, Recipe, learn_word
@@ -98,3 +99,24 @@ def test_a_quantised_checkpoint_teaches_a_word(tmp_path, photos):
     assert not torch.equal(lesson.concept.words[0].vectors["clip_l"], rows(clip, "cat")["clip_l"])
     after = bits(model.model)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+def test_no_copy_of_a_weight_is_held_for_the_backward_pass(model, clip, dtype):
+    with torch.inference_mode():
+        kept = stored_as(dtype, model)
+    held = []
+    with private_copies(kept, clip) as (unet, _):
+        layer = unet.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2.to_k
+        encoding = torch.randn(1, 2, layer.in_features, device=DEVICE, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.data_ptr()) or x, lambda x: x):
+            layer(encoding)
+        assert held == [layer.weight.data_ptr()]
+    assert {weight.dtype for weight in kept.model.diffusion_model.parameters()} == {dtype}
+
+
+def test_weights_do_not_grow_where_nothing_is_held(model, clip):
+    with torch.inference_mode():
+        kept = stored_as(FP8, model)
+    with private_copies(kept, clip, recompute=True) as (unet, _):
+        assert {weight.dtype for weight in unet.model.diffusion_model.parameters()} == {FP8}
