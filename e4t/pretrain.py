@@ -14,12 +14,14 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from math import cos, isfinite, pi
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..host.bases import base_name, check_pair
 from ..host.checkpoints import load_checkpoint, load_clip_vision
@@ -143,10 +145,11 @@ class Learner:
         for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         self.optimiser.zero_grad()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            loss = self.predictor.loss(pair, is_edited(number, self.recipe.edited),
-                                       self.recipe.regulariser).mean()
-        loss.backward()
+        with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                loss = self.predictor.loss(pair, is_edited(number, self.recipe.edited),
+                                           self.recipe.regulariser).mean()
+            loss.backward()
         value = loss.detach()
         workers.average([value, *(p.grad for p in self.trained if p.grad is not None)])
         if not isfinite(value.item()):

@@ -13,7 +13,7 @@ import torch
 from concepts_pack.e4t.domain import load, save
 from concepts_pack.e4t.encoder import Encoder, Shape
 from concepts_pack.e4t.method import PLACEHOLDER, SENTENCES, Predictor, Together
-from concepts_pack.e4t.pretrain import Keeping, is_edited, pretrain, shape_of
+from concepts_pack.e4t.pretrain import Keeping, Learner, Workers, is_edited, pretrain, shape_of
 from concepts_pack.e4t.recognition import recognise
 from concepts_pack.e4t.samples import Samples, draw_pair, later, read_samples
 from concepts_pack.host.copies import private_copies
@@ -77,6 +77,23 @@ def test_stopped_and_started_again_it_ends_the_same(model, clip, tmp_path):
     again = []
     learn(model, clip, tmp_path / "b", lambda step, loss: again.append(step), steps=7)
     assert again == [6, 7]  # more steps go on from the end
+
+
+@pytest.mark.parametrize("edited", [0.0, 1.0])
+def test_gradient_checkpointing_changes_nothing(model, clip, edited):
+    found = []
+    for recompute in (False, True):
+        with private_copies(model, clip, recompute) as (unet, text):
+            learner = Learner(unet, text, replace(RECIPE, edited=edited), METRIC, SAMPLES, None)
+            for layer in (*learner.encoder.words.values(), learner.encoder.values):
+                torch.nn.init.normal_(layer.weight, std=0.1)
+            levels = len(unet.model.model_sampling.sigmas)
+            for step in range(2):
+                loss = learner.step(draw_pair(SAMPLES, levels, 4, 0, step), step, 0.0, Workers(), bf16=False)
+            learner.predictor.installed.close()
+            found.append((loss, [parameter.grad for parameter in learner.trained]))
+    torch.testing.assert_close(*found)
+    assert sum(bool(gradient.any()) for gradient in found[0][1] if gradient is not None) > 10
 
 
 def test_lost_losses_are_one_sentence(model, clip, tmp_path):
