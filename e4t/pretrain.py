@@ -48,6 +48,7 @@ from .workers import Workers
 NUMBERS = {"steps": int, "minutes": float, "batch_size": int, "rate": float, "offset_rate": float, "warmup": int,
            "regulariser": float, "edited": float, "times": float, "seed": int, "side": int,
            "recognition": int, "stem": float}
+LOST = 10  # steps in a row without a gradient that can be used
 log = logging.getLogger("concepts")
 
 
@@ -112,6 +113,7 @@ class Learner:
         self.trained = [*self.encoder.parameters(), *factors]
         self.mean = [parameter.detach().clone() for parameter in self.trained]
         self.clock = torch.zeros(1, dtype=torch.float64)
+        self.lost = 0  # steps in a row that moved nothing
         heard = self.encoder.heard_parameters()
         others = [p for p in self.encoder.parameters() if not any(p is own for own in heard)]
         self.peaks = (recipe.stem * recipe.rate, recipe.rate, recipe.offset_rate, 0.0)
@@ -140,7 +142,11 @@ class Learner:
         self.clock += time.monotonic() - started
 
     def step(self, pair, number: int, done: float, workers: Workers, bf16: bool) -> float:
-        """One step at the share `done` of the whole; returns its loss. Raises ValueError when that is no number."""
+        """One step at the share `done` of the whole; returns its loss.
+
+        It moves nothing when the loss or the averaged gradient, which all processes have alike, is not finite. Raises
+        ValueError at the tenth such step in a row.
+        """
         factor = min(1.0, (number + 1) / (self.recipe.warmup + 1)) * (0.5 + 0.5 * cos(pi * done))
         for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
@@ -152,15 +158,23 @@ class Learner:
             loss.backward()
         value = loss.detach()
         workers.average([value, *(p.grad for p in self.trained if p.grad is not None)])
-        if not isfinite(value.item()):
-            raise ValueError(f"The loss stopped being a number at step {number + 1}; a lower rate than "
-                             f"{self.recipe.rate:g} usually helps.")
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        if not isfinite(value.item()) or not isfinite(norm.item()):
+            self.lost += 1
+            if self.lost == LOST:
+                raise ValueError(f"The loss stopped being a number at step {number + 2 - LOST}; a lower rate than "
+                                 f"{self.recipe.rate:g} usually helps.")
+            return value.item()
+        self.lost = 0
         self.optimiser.step()
         kept = min(self.recipe.average, (1 + number) / (10 + number))
         with torch.no_grad():
             torch._foreach_lerp_(self.mean, [p.detach() for p in self.trained], 1 - kept)
         return value.item()
+
+    def sound(self) -> bool:
+        """Whether there is something to go on from: all numbers are finite, and not only since the loss was lost."""
+        return self.lost < LOST and all(bool(tensor.isfinite().all()) for tensor in (*self.trained, *self.mean))
 
     def averaged(self) -> tuple[Encoder, dict[str, Offset]]:
         """Encoder and offsets of the moving average, as values of their own."""
@@ -254,13 +268,13 @@ def _train(learner: Learner, lessons: Samples, held: Samples, losses: list[float
             if workers.first and len(losses) % keeping.report == 0:
                 speed = (len(losses) - first) * recipe.batch_size / (time.monotonic() - started)
                 log.info("%s", _line(recipe, losses, learner.clock.item(), speed, done))
-            if workers.first and time.monotonic() - kept > 60 * keeping.minutes:
+            if workers.first and time.monotonic() - kept > 60 * keeping.minutes and learner.sound():
                 kept = time.monotonic()
                 states.save(losses, learner.optimiser)
                 keep()
                 log.info("%s", _validated(learner, held, levels, len(losses)))
     finally:  # also at the end: more minutes go on from there
-        if workers.first and len(losses) > first:
+        if workers.first and len(losses) > first and learner.sound():
             states.save(losses, learner.optimiser)
     if workers.first:
         log.info("%s", _validated(learner, held, levels, len(losses)))
@@ -281,9 +295,9 @@ def _on(pair, device: torch.device):
 
 
 def _line(recipe: Recipe, losses: list[float], seconds: float, speed: float, done: float) -> str:
-    recent = losses[-200:]
+    recent = [loss for loss in losses[-200:] if isfinite(loss)]
     left = seconds / max(done, 1e-9) * (1 - done) / 60
-    return (f"step {len(losses)}: loss {sum(recent) / len(recent):.4f}, {speed:.1f} samples/s, "
+    return (f"step {len(losses)}: loss {sum(recent) / max(1, len(recent)):.4f}, {speed:.1f} samples/s, "
             f"{100 * done:.1f} % done, {left:.0f} min to go")
 
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -79,26 +80,50 @@ def test_stopped_and_started_again_it_ends_the_same(model, clip, tmp_path):
     assert again == [6, 7]  # more steps go on from the end
 
 
+@contextmanager
+def learner_of(model, clip, recompute=False, **changes):
+    with private_copies(model, clip, recompute) as (unet, text):
+        learner = Learner(unet, text, replace(RECIPE, **changes), METRIC, SAMPLES, None)
+        for layer in (*learner.encoder.words.values(), learner.encoder.values):
+            torch.nn.init.normal_(layer.weight, std=0.1)
+        with learner.predictor.installed:
+            yield learner
+
+
+def steps(learner, count):
+    return [learner.step(draw_pair(SAMPLES, 1000, 4, 0, step), step, 0.0, Workers(), bf16=False)
+            for step in range(count)]
+
+
 @pytest.mark.parametrize("edited", [0.0, 1.0])
 def test_gradient_checkpointing_changes_nothing(model, clip, edited):
     found = []
     for recompute in (False, True):
-        with private_copies(model, clip, recompute) as (unet, text):
-            learner = Learner(unet, text, replace(RECIPE, edited=edited), METRIC, SAMPLES, None)
-            for layer in (*learner.encoder.words.values(), learner.encoder.values):
-                torch.nn.init.normal_(layer.weight, std=0.1)
-            levels = len(unet.model.model_sampling.sigmas)
-            for step in range(2):
-                loss = learner.step(draw_pair(SAMPLES, levels, 4, 0, step), step, 0.0, Workers(), bf16=False)
-            learner.predictor.installed.close()
-            found.append((loss, [parameter.grad for parameter in learner.trained]))
+        with learner_of(model, clip, recompute, edited=edited) as learner:
+            found.append((steps(learner, 2), [parameter.grad for parameter in learner.trained]))
     torch.testing.assert_close(*found)
     assert sum(bool(gradient.any()) for gradient in found[0][1] if gradient is not None) > 10
 
 
-def test_lost_losses_are_one_sentence(model, clip, tmp_path):
+@pytest.mark.parametrize("lost", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_moves_nothing(model, clip, lost):
+    with learner_of(model, clip) as learner:
+        before = [parameter.clone() for parameter in learner.trained]
+        hook = learner.trained[0].register_hook(lambda gradient: gradient * lost)
+        steps(learner, 9)
+        assert all(torch.equal(one, two) for one, two in zip(before, learner.trained, strict=True)) and learner.sound()
+        with pytest.raises(ValueError, match="stopped being a number at step 1;"):
+            learner.step(draw_pair(SAMPLES, 1000, 4, 0, 9), 9, 0.0, Workers(), bf16=False)
+        assert not learner.sound()
+        hook.remove()
+        steps(learner, 1)
+        assert not torch.equal(before[0], learner.trained[0]) and learner.sound()
+
+
+def test_lost_losses_are_one_sentence_and_leave_no_state(model, clip, tmp_path):
     with pytest.raises(ValueError, match="stopped being a number at step"):
         learn(model, clip, tmp_path, rate=1e30, steps=20)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("changes", "said"), [({"steps": 0}, "needs an end"), ({"word": " "}, "says nothing")])
