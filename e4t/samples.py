@@ -13,7 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from ..training.dataset import Photo, squares
 from ..training.draws import Batch, draw, seeded
-from ..training.folder import fingerprint, pictures_in, read_photo
+from ..training.folder import ENDINGS, fingerprint, pictures_in, read_photo
 from .encoder import Vision, to_shown
 from .shards import Sharded, shard
 
@@ -95,7 +95,7 @@ def read_samples(folder: Path, views: int, side: int, shown_side: int, mirror: b
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
     seen_by = vision.fingerprint if vision else ""
-    settings = f"{fingerprint(folder)} {views} {side} {seen_by or shown_side} {mirror} {floor} {seed} {vae}"
+    settings = f"{fingerprint(folder, ENDINGS)} {views} {side} {seen_by or shown_side} {mirror} {floor} {seed} {vae}"
     source = hashlib.sha256(settings.encode()).hexdigest()[:16]
     subjects = list(_subjects(folder))
 
@@ -122,8 +122,8 @@ def read_samples(folder: Path, views: int, side: int, shown_side: int, mirror: b
 
 def _subjects(folder: Path) -> Iterator[list[Path]]:
     for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            yield list(pictures_in(path))
+        if path.is_dir() and (pictures := list(pictures_in(path))):
+            yield pictures
     yield from ([path] for path in pictures_in(folder) if path.parent == folder)
 
 
