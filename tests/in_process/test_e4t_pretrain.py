@@ -234,6 +234,15 @@ def test_a_folder_of_things_and_of_folders_of_things(tmp_path):
     assert samples.unreadable == 0
 
 
+def test_pictures_beyond_the_views_are_not_read_and_spoken_of(tmp_path, caplog):
+    folder = folder_of(tmp_path, "b/1.png", "b/2.png", "b/3.png", "b/4.png", "c/1.png")
+    (folder / "b" / "1.png").write_bytes(b"no picture")
+    with caplog.at_level("INFO"):
+        samples = ranks.in_memory(read(folder, tmp_path, views=2))
+    assert samples.pictures[0, :, 5, 5, 0].tolist() == pytest.approx([10, 20], abs=1) and samples.unreadable == 1
+    assert "Subjects with more than 2 pictures, of which the first 2 are learned from: 1" in caplog.messages
+
+
 def test_views_of_a_thing_are_its_pictures_first(tmp_path):
     samples = ranks.in_memory(read(folder_of(tmp_path, "b/1.png", "b/2.png", "b/3.png"), tmp_path))
     assert samples.pictures[0, :, 5, 5, 0].tolist() == pytest.approx([0, 10, 20], abs=1)
