@@ -4,7 +4,7 @@
 
 A picture in the folder is a thing of its own; a subfolder holds several pictures of one thing, with masks beside them
 (`1.mask.png`) where there are any. It goes on where it was stopped when it is started again with the same settings.
-`torchrun` and `accelerate launch` run it on several GPUs and machines.
+`dev.py run --processes 8` shares each batch over eight cards; the README says how several machines do.
 """
 
 import argparse
@@ -141,6 +141,18 @@ class Learner:
             mean.copy_(parameter.detach())
         self.clock += time.monotonic() - started
 
+    def restore(self, states: States, workers: Workers) -> list[float]:
+        """Goes on from the first process's newest state, which others may not see; the losses up to it."""
+        losses = states.restore(self.optimiser) if workers.first else []
+        tensors = [tensor for group in self.optimiser.param_groups for tensor in group["params"]]
+        held = {number: {name: value.cpu() for name, value in own.items()}
+                for number, own in self.optimiser.state_dict()["state"].items()}
+        losses, values, held = workers.of_first((losses, [tensor.detach().cpu() for tensor in tensors], held))
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": held})
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.data.copy_(value)
+        return losses
+
     def step(self, pair, number: int, done: float, workers: Workers, bf16: bool) -> float:
         """One step at the share `done` of the whole; returns its loss.
 
@@ -219,6 +231,10 @@ def pretrain(
         raise ValueError("Pretraining needs an end: give a number of steps or of minutes above 0.")
     if recipe.batch_size % workers.count:
         raise ValueError(f"A batch of {recipe.batch_size} cannot be shared evenly by {workers.count} processes.")
+    given = recipe, *samples.latents.shape
+    if workers.of_first(given) != given:
+        raise ValueError(f"This process was given other settings than the first of its job, or another number of "
+                         f"things than its own {len(samples.latents)}; all machines need the same.")
     base = base_name(model)
     check_pair(model, clip)
     text = fingerprint_of(clip)
@@ -226,7 +242,7 @@ def pretrain(
         weights = fingerprint(unet, encoder.patcher)
         learner = Learner(unet, encoder, recipe, metric, samples, start)
         states = States(keeping.folder, _run(recipe, samples, weights, start), 1)
-        losses = states.restore(learner.optimiser)
+        losses = learner.restore(states, workers)
         held = min(32, len(samples.latents) // 10)
         lessons = samples.part(0, len(samples.latents) - held) if held else samples
 
@@ -370,7 +386,7 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
                             recipe.seed, lambda p: model.model.process_latent_in(vae_encode(vae, p)),
                             fingerprint(vae.patcher), work, vision)
 
-    samples = read() if workers.first else None
+    samples = read() if workers.first_here else None
     workers.wait()
     samples = samples or read()
     if workers.first:
@@ -378,7 +394,10 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
                  samples.unreadable)
 
     def keep(so_far: Domain) -> None:
-        save(so_far, output, f"{name}-unfinished", overwrite=True)
+        try:
+            save(so_far, output, f"{name}-unfinished", overwrite=True)
+        except ValueError as error:
+            log.warning("The pretraining goes on without this unfinished domain: %s", error)
 
     domain = pretrain(model, clip, samples, recipe, Keeping(work, args.keep_minutes), precision(clip), workers,
                       args.recompute, not args.fp32, kept=keep, start=args.start and load(args.start))

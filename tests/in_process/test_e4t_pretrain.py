@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from concepts_pack.e4t.domain import load, save
 from concepts_pack.e4t.encoder import Encoder, Shape
 from concepts_pack.e4t.method import PLACEHOLDER, SENTENCES, Predictor, Together
-from concepts_pack.e4t.pretrain import Keeping, Learner, Workers, is_edited, pretrain, shape_of
+from concepts_pack.e4t.pretrain import Keeping, Learner, Workers, is_edited, parser, pretrain, run, shape_of
 from concepts_pack.e4t.recognition import recognise
 from concepts_pack.e4t.samples import Samples, draw_pair, later, read_samples
 from concepts_pack.host.copies import private_copies
@@ -218,6 +219,17 @@ def folder_of(tmp_path, *names, masks=()):
     return tmp_path / "pictures"
 
 
+def test_a_disk_that_refuses_the_unfinished_domain_stops_nothing(model, clip, calm_vae, tmp_path, caplog):
+    (tmp_path / "made" / "cat-unfinished.safetensors").mkdir(parents=True)
+    settings = {"folder": folder_of(tmp_path, "a.png", "b.png"), "checkpoint": "toy", "word": "cat", "steps": 3,
+                "batch-size": 2, "resolution": 64, "side": 32, "keep-minutes": 0, "output": tmp_path / "made",
+                "work": tmp_path / "work"}
+    args = parser().parse_args([part for name, value in settings.items() for part in (f"--{name}", str(value))])
+    made = load(run(args, (model, clip, calm_vae)))
+    assert json.loads(made.metadata["concepts.training"])["steps_done"] == 3
+    assert caplog.text.count("The pretraining goes on without this unfinished domain: ") == 3
+
+
 def encode(pictures):
     return pictures.permute(0, 3, 1, 2)[:, :, ::8, ::8].repeat(1, 2, 1, 1)[:, :4]
 
@@ -285,7 +297,9 @@ def test_two_processes_learn_what_one_does_also_when_one_is_killed(model, clip, 
     (said, code), (_, killed) = processes(tmp_path, 2, die_at=3)
     assert killed == -signal.SIGKILL and code == 1
     assert "Another process of this job is gone" in said
-    assert [code for _, code in processes(tmp_path, 2)] == [0, 0]
+    for said, code in processes(tmp_path, 2):
+        assert code == 0 and re.findall(r"^step \d", said, re.MULTILINE) == ["step 4", "step 5"]
+    assert (tmp_path / "disk0").is_dir() and not (tmp_path / "disk1").exists()
     save(learn(model, clip, tmp_path / "alone"), tmp_path, "alone")
     found, expected = (load(tmp_path / f"{name}.safetensors") for name in ("domain", "alone"))
     torch.manual_seed(RECIPE.seed)
