@@ -362,7 +362,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--mask-floor", type=float, default=0.1, help="weight of the loss outside masks")
     parser.add_argument("--keep-minutes", type=float, default=10.0, help="a state is kept every so many minutes")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, slower")
-    parser.add_argument("--fp32", action="store_true", help="single precision instead of bf16")
+    parser.add_argument("--fp32", action="store_true", help="no autocast to bf16; a UNet in fp16 computes in bf16")
     parser.add_argument("--no-offsets", action="store_true", help="without weight offsets")
     for name, kind in NUMBERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(Recipe, name))
