@@ -233,8 +233,8 @@ def pretrain(
         raise ValueError(f"A batch of {recipe.batch_size} cannot be shared evenly by {workers.count} processes.")
     given = recipe, *samples.latents.shape
     if workers.of_first(given) != given:
-        raise ValueError(f"This process was given other settings than the first of its job, or another number of "
-                         f"things than its own {len(samples.latents)}; all machines need the same.")
+        raise ValueError("This process was given other settings or another number of pictures than the first of its "
+                         "job; all machines need the same.")
     base = base_name(model)
     check_pair(model, clip)
     text = fingerprint_of(clip)
