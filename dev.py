@@ -3,6 +3,7 @@
     python3 dev.py demo                 teach the sample model a word and draw it in new scenes
     python3 dev.py test [pytest args]   lint and test
     python3 dev.py run SCRIPT [args]    run a script of this checkout inside the host, such as a benchmark
+    python3 dev.py run --processes N …  the same in N processes that share the work, as e4t/pretrain.py can
 
 The host is, in this order: the ComfyUI that COMFYUI_PATH names (its Python: COMFYUI_PYTHON, or the one beside it);
 the ComfyUI whose custom_nodes/ holds this checkout; one in the user's cache folder, made the first time.
@@ -382,7 +383,10 @@ def run(options: argparse.Namespace) -> int:
     if not script.is_file() or not script.is_relative_to(ROOT):
         raise DevError(f"There is no {options.script} in {ROOT}.")
     host = find_host(options.host)
-    return call([host.python, ROOT / "microworld" / "launch.py", script, *options.arguments], host_env(host))
+    job = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
+    shared = job if options.processes > 1 else []
+    launched = [ROOT / "microworld" / "launch.py", script, *options.arguments]
+    return call([host.python, *shared, *launched], host_env(host))
 
 
 def announced(host: Host) -> Host:
@@ -409,6 +413,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             sub.add_argument("--port", type=int, help="the server's port; any free one if left out")
             sub.add_argument("--steps", type=int, help="train for fewer steps, to see that it runs")
         if command is run:
+            sub.add_argument("--processes", type=int, default=1, metavar="N", help="how many, one for each card")
             sub.add_argument("script", type=Path)
             sub.add_argument("arguments", nargs=argparse.REMAINDER)
     options, rest = parser.parse_known_args(arguments)

@@ -1,12 +1,11 @@
 """What the encoder of a domain predicts for pictures, and the loss that teaches it."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..host.clip_overlay import with_words
 from ..host.cross_attention import cross_attentions, overridden
@@ -72,6 +71,7 @@ class Predictor:
 
     def predict(self, seen: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Predicted:
         """For pictures as the encoder sees them, one for all or for each, and their noised latents, as in `Pair`."""
+        self._rest()
         features = unet_features(self.model, latents, noise, timesteps, *self.empty)
         return self.encoder(self.encoder.image_part(seen), features)
 
@@ -88,13 +88,15 @@ class Predictor:
     @torch.no_grad()
     def through(self, encodings: Tensor) -> dict[str, Tensor]:
         """W_V e (b d_l) of the model as it is, by layer, for encodings (b d)."""
+        self._rest()
         given = encodings.to(self.model.get_dtype_inference())
         return {name: attention.to_v(given).float() for name, attention in self.attentions.items()}
 
     def loss(self, pair: Pair, edited: bool, regulariser: float) -> Tensor:
         """The model's error (b) under sentences with the predicted words, and how far these are from the class word.
 
-        With `edited` the predicted values act through Perfusion's gated edit of the plain model, else the offsets act.
+        With `edited` the predicted values act through Perfusion's gated edit of the plain model, else the offsets act:
+        also in the backward pass, where gradient checkpointing computes layers again.
         """
         predicted = self.predict(pair.pictures, pair.latents, pair.noise, pair.timesteps)
         sentences = [SENTENCES[lot % len(SENTENCES)] for lot in pair.lots]
@@ -110,13 +112,12 @@ class Predictor:
             self.changed = {name: offset_weight(layer.weight, self.offsets[name])
                             for name, layer in self.matrices.items() if name in self.offsets}
             size = size + penalty(self.offsets) if self.offsets else size
-        try:
-            with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
-                error = denoising_error(self.model, pair.batch.latents, pair.batch.noise, pair.batch.timesteps, context,
-                                        pooled)
-        finally:
-            self.call, self.changed = None, {}
+        error = denoising_error(self.model, pair.batch.latents, pair.batch.noise, pair.batch.timesteps, context, pooled)
         return weighted_mean(error.float(), pair.weights) + regulariser * size
+
+    def _rest(self) -> None:
+        """Leaves the model as it is."""
+        self.call, self.changed = None, {}
 
     def _together(self, context: Tensor, sentences: list[str], added: dict[str, Tensor]) -> Together:
         targets = context[range(len(context)), [self.places[sentence] for sentence in sentences]].detach()

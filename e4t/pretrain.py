@@ -4,7 +4,7 @@
 
 A picture in the folder is a thing of its own; a subfolder holds several pictures of one thing, with masks beside them
 (`1.mask.png`) where there are any. It goes on where it was stopped when it is started again with the same settings.
-`torchrun` and `accelerate launch` run it on several GPUs and machines.
+`dev.py run --processes 8` shares each batch over eight cards; the README says how several machines do.
 """
 
 import argparse
@@ -14,12 +14,14 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from math import cos, isfinite, pi
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..host.bases import base_name, check_pair
 from ..host.checkpoints import load_checkpoint, load_clip_vision
@@ -46,6 +48,7 @@ from .workers import Workers
 NUMBERS = {"steps": int, "minutes": float, "batch_size": int, "rate": float, "offset_rate": float, "warmup": int,
            "regulariser": float, "edited": float, "times": float, "seed": int, "side": int,
            "recognition": int, "stem": float}
+LOST = 10  # steps in a row without a gradient that can be used
 log = logging.getLogger("concepts")
 
 
@@ -110,6 +113,7 @@ class Learner:
         self.trained = [*self.encoder.parameters(), *factors]
         self.mean = [parameter.detach().clone() for parameter in self.trained]
         self.clock = torch.zeros(1, dtype=torch.float64)
+        self.lost = 0  # steps in a row that moved nothing
         heard = self.encoder.heard_parameters()
         others = [p for p in self.encoder.parameters() if not any(p is own for own in heard)]
         self.peaks = (recipe.stem * recipe.rate, recipe.rate, recipe.offset_rate, 0.0)
@@ -137,27 +141,52 @@ class Learner:
             mean.copy_(parameter.detach())
         self.clock += time.monotonic() - started
 
+    def restore(self, states: States, workers: Workers) -> list[float]:
+        """Goes on from the first process's newest state, which others may not see; the losses up to it."""
+        losses = states.restore(self.optimiser) if workers.first else []
+        tensors = [tensor for group in self.optimiser.param_groups for tensor in group["params"]]
+        held = {number: {name: value.cpu() for name, value in own.items()}
+                for number, own in self.optimiser.state_dict()["state"].items()}
+        losses, values, held = workers.of_first((losses, [tensor.detach().cpu() for tensor in tensors], held))
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": held})
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.data.copy_(value)
+        return losses
+
     def step(self, pair, number: int, done: float, workers: Workers, bf16: bool) -> float:
-        """One step at the share `done` of the whole; returns its loss. Raises ValueError when that is no number."""
+        """One step at the share `done` of the whole; returns its loss.
+
+        It moves nothing when the loss or the averaged gradient, which all processes have alike, is not finite. Raises
+        ValueError at the tenth such step in a row.
+        """
         factor = min(1.0, (number + 1) / (self.recipe.warmup + 1)) * (0.5 + 0.5 * cos(pi * done))
         for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         self.optimiser.zero_grad()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            loss = self.predictor.loss(pair, is_edited(number, self.recipe.edited),
-                                       self.recipe.regulariser).mean()
-        loss.backward()
+        with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                loss = self.predictor.loss(pair, is_edited(number, self.recipe.edited),
+                                           self.recipe.regulariser).mean()
+            loss.backward()
         value = loss.detach()
         workers.average([value, *(p.grad for p in self.trained if p.grad is not None)])
-        if not isfinite(value.item()):
-            raise ValueError(f"The loss stopped being a number at step {number + 1}; a lower rate than "
-                             f"{self.recipe.rate:g} usually helps.")
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        if not isfinite(value.item()) or not isfinite(norm.item()):
+            self.lost += 1
+            if self.lost == LOST:
+                raise ValueError(f"The loss stopped being a number at step {number + 2 - LOST}; a lower rate than "
+                                 f"{self.recipe.rate:g} usually helps.")
+            return value.item()
+        self.lost = 0
         self.optimiser.step()
         kept = min(self.recipe.average, (1 + number) / (10 + number))
         with torch.no_grad():
             torch._foreach_lerp_(self.mean, [p.detach() for p in self.trained], 1 - kept)
         return value.item()
+
+    def sound(self) -> bool:
+        """Whether there is something to go on from: all numbers are finite, and not only since the loss was lost."""
+        return self.lost < LOST and all(bool(tensor.isfinite().all()) for tensor in (*self.trained, *self.mean))
 
     def averaged(self) -> tuple[Encoder, dict[str, Offset]]:
         """Encoder and offsets of the moving average, as values of their own."""
@@ -202,6 +231,10 @@ def pretrain(
         raise ValueError("Pretraining needs an end: give a number of steps or of minutes above 0.")
     if recipe.batch_size % workers.count:
         raise ValueError(f"A batch of {recipe.batch_size} cannot be shared evenly by {workers.count} processes.")
+    given = recipe, *samples.latents.shape
+    if workers.of_first(given) != given:
+        raise ValueError("This process was given other settings or another number of pictures than the first of its "
+                         "job; all machines need the same.")
     base = base_name(model)
     check_pair(model, clip)
     text = fingerprint_of(clip)
@@ -209,7 +242,7 @@ def pretrain(
         weights = fingerprint(unet, encoder.patcher)
         learner = Learner(unet, encoder, recipe, metric, samples, start)
         states = States(keeping.folder, _run(recipe, samples, weights, start), 1)
-        losses = states.restore(learner.optimiser)
+        losses = learner.restore(states, workers)
         held = min(32, len(samples.latents) // 10)
         lessons = samples.part(0, len(samples.latents) - held) if held else samples
 
@@ -251,13 +284,13 @@ def _train(learner: Learner, lessons: Samples, held: Samples, losses: list[float
             if workers.first and len(losses) % keeping.report == 0:
                 speed = (len(losses) - first) * recipe.batch_size / (time.monotonic() - started)
                 log.info("%s", _line(recipe, losses, learner.clock.item(), speed, done))
-            if workers.first and time.monotonic() - kept > 60 * keeping.minutes:
+            if workers.first and time.monotonic() - kept > 60 * keeping.minutes and learner.sound():
                 kept = time.monotonic()
                 states.save(losses, learner.optimiser)
                 keep()
                 log.info("%s", _validated(learner, held, levels, len(losses)))
     finally:  # also at the end: more minutes go on from there
-        if workers.first and len(losses) > first:
+        if workers.first and len(losses) > first and learner.sound():
             states.save(losses, learner.optimiser)
     if workers.first:
         log.info("%s", _validated(learner, held, levels, len(losses)))
@@ -278,9 +311,9 @@ def _on(pair, device: torch.device):
 
 
 def _line(recipe: Recipe, losses: list[float], seconds: float, speed: float, done: float) -> str:
-    recent = losses[-200:]
+    recent = [loss for loss in losses[-200:] if isfinite(loss)]
     left = seconds / max(done, 1e-9) * (1 - done) / 60
-    return (f"step {len(losses)}: loss {sum(recent) / len(recent):.4f}, {speed:.1f} samples/s, "
+    return (f"step {len(losses)}: loss {sum(recent) / max(1, len(recent)):.4f}, {speed:.1f} samples/s, "
             f"{100 * done:.1f} % done, {left:.0f} min to go")
 
 
@@ -329,7 +362,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--mask-floor", type=float, default=0.1, help="weight of the loss outside masks")
     parser.add_argument("--keep-minutes", type=float, default=10.0, help="a state is kept every so many minutes")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, slower")
-    parser.add_argument("--fp32", action="store_true", help="single precision instead of bf16")
+    parser.add_argument("--fp32", action="store_true", help="no autocast to bf16; a UNet in fp16 computes in bf16")
     parser.add_argument("--no-offsets", action="store_true", help="without weight offsets")
     for name, kind in NUMBERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(Recipe, name))
@@ -353,7 +386,7 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
                             recipe.seed, lambda p: model.model.process_latent_in(vae_encode(vae, p)),
                             fingerprint(vae.patcher), work, vision)
 
-    samples = read() if workers.first else None
+    samples = read() if workers.first_here else None
     workers.wait()
     samples = samples or read()
     if workers.first:
@@ -361,7 +394,10 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
                  samples.unreadable)
 
     def keep(so_far: Domain) -> None:
-        save(so_far, output, f"{name}-unfinished", overwrite=True)
+        try:
+            save(so_far, output, f"{name}-unfinished", overwrite=True)
+        except ValueError as error:
+            log.warning("The pretraining goes on without this unfinished domain: %s", error)
 
     domain = pretrain(model, clip, samples, recipe, Keeping(work, args.keep_minutes), precision(clip), workers,
                       args.recompute, not args.fp32, kept=keep, start=args.start and load(args.start))

@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import ceil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from ..training.dataset import Photo, squares
 from ..training.draws import Batch, draw, seeded
-from ..training.folder import fingerprint, pictures_in, read_photo
+from ..training.folder import ENDINGS, fingerprint, pictures_in, read_photo
 from .encoder import Vision, to_shown
 from .shards import Sharded, shard
 
@@ -85,19 +86,21 @@ def read_samples(folder: Path, views: int, side: int, shown_side: int, mirror: b
                  encode: Callable[[Tensor], Tensor], vae: str, cache: Path, vision: Vision | None = None) -> Samples:
     """Every subject of a folder in `views` views of `side` pixels, through `encode` (b h w 3) -> (b c h w).
 
-    A picture in the folder is a subject of its own; the pictures of a subfolder show one subject. Where there are
-    fewer than `views`, random crops make up for it, with `mirror` also mirrored ones. Outside masks, places count with
-    the weight `floor`. The encoder is shown pictures of `shown_side` pixels, or what `vision` makes of them. Pictures
-    that cannot be read are left out and counted. What was encoded stays in `cache`, where a reading that was stopped
-    goes on unless something has changed, such as `vae`, the fingerprint of what encodes.
+    A picture in the folder is a subject of its own; the pictures of a subfolder show one subject, of which the first
+    `views` are taken. Where there are fewer, random crops make up for it, with `mirror` also mirrored ones. Outside
+    masks, places count with the weight `floor`. The encoder is shown pictures of `shown_side` pixels, or what `vision`
+    makes of them. Pictures that cannot be read are left out and counted. What was encoded stays in `cache`, where a
+    reading that was stopped goes on unless something has changed, such as `vae`, the fingerprint of what encodes.
     Raises ValueError for a folder without pictures.
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
     seen_by = vision.fingerprint if vision else ""
-    settings = f"{fingerprint(folder)} {views} {side} {seen_by or shown_side} {mirror} {floor} {seed} {vae}"
+    settings = f"{fingerprint(folder, ENDINGS)} {views} {side} {seen_by or shown_side} {mirror} {floor} {seed} {vae}"
     source = hashlib.sha256(settings.encode()).hexdigest()[:16]
     subjects = list(_subjects(folder))
+    if large := sum(len(paths) > views for paths in subjects):
+        log.info("Subjects with more than %d pictures, of which the first %d are learned from: %d", views, views, large)
 
     def show(pictures: Tensor) -> Tensor:
         if vision:
@@ -107,7 +110,7 @@ def read_samples(folder: Path, views: int, side: int, shown_side: int, mirror: b
     def encoded(numbers: range) -> tuple[dict[str, Tensor], dict[str, str]]:
         unreadable, parts = [], []
         for number in numbers:
-            photos = list(_readable(subjects[number], unreadable))
+            photos = list(islice(_readable(subjects[number], unreadable), views))
             if photos:
                 parts.append(_encoded(photos, views, side, mirror, floor, seed + number + 1, encode, show))
         tensors = {name: torch.stack([part[name] for part in parts]) for name in parts[0]} if parts else {}
@@ -122,8 +125,8 @@ def read_samples(folder: Path, views: int, side: int, shown_side: int, mirror: b
 
 def _subjects(folder: Path) -> Iterator[list[Path]]:
     for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            yield list(pictures_in(path))
+        if path.is_dir() and (pictures := list(pictures_in(path))):
+            yield pictures
     yield from ([path] for path in pictures_in(folder) if path.parent == folder)
 
 
@@ -139,7 +142,6 @@ def _readable(paths: list[Path], unreadable: list[Path]) -> Iterator[Photo]:
 def _encoded(photos: list[Photo], views: int, side: int, mirror: bool, floor: float, seed: int,
              encode: Callable[[Tensor], Tensor], show: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """One subject's views."""
-    photos = photos[:views]
     crops = ceil(views / (len(photos) * (1 + mirror))) - 1
     cut = squares(photos, side, crops, mirror, seed)
     each = len(cut) // len(photos)

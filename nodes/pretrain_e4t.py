@@ -12,6 +12,7 @@ from ..host.folders import DOMAINS, domains_folder, free_name, input_subfolder, 
 from ..host.pictures import is_empty, vae_encode
 from ..host.progress import ProgressBar, stop_if_cancelled
 from ..perfusion.covariance import precision
+from ..training.folder import ENDINGS
 from ..training.folder import fingerprint as folder_fingerprint
 from .sockets import Domain
 
@@ -79,7 +80,7 @@ class ConceptsPretrainE4T(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder: str, **inputs) -> str:
         """Pictures that were changed or added are learned from."""
-        return folder_fingerprint(input_subfolder(folder))
+        return folder_fingerprint(input_subfolder(folder), ENDINGS)
 
     @classmethod
     def execute(cls, model, clip, vae, folder, class_word, name, steps, batch_size, seed, rate, regulariser, resolution,

@@ -189,6 +189,11 @@ def test_run_imports_the_pack_in_the_host(env, host):
     assert code == 2 and "invalid int value: 'none'" in said
 
 
+def test_run_in_several_processes(env, host):
+    code, said = cli(using(env, host), "run", "--processes", "2", "e4t/pretrain.py", "--help")
+    assert code == 0 and said.count("usage: ") == 2
+
+
 def test_run_takes_scripts_of_this_checkout(env, host, tmp_path):
     assert cli(using(env, host), "run", tmp_path / "other.py") == (1, f"There is no {tmp_path}/other.py in {ROOT}.\n")
 

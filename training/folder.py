@@ -13,6 +13,7 @@ from torch import Tensor
 from .dataset import Photo
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+READ = (*ENDINGS, ".txt")
 MASK_ENDINGS = (".mask.png", "-mask.png", "_mask.png")
 REPEATS = re.compile(r"(\d+)_.*")
 
@@ -29,10 +30,10 @@ def read_folder(folder: Path) -> list[Photo]:
     return photos
 
 
-def fingerprint(folder: Path) -> str:
-    """A digest that changes when any file in the folder does."""
+def fingerprint(folder: Path, endings: tuple[str, ...] = READ) -> str:
+    """A digest that changes when any file of these endings in the folder does, by default pictures, masks, captions."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings):
         status = path.stat()
         digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()

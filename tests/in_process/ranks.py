@@ -45,12 +45,14 @@ if __name__ == "__main__":
     workers = Workers()
 
     def watch(step, loss):
-        """Die without a word in the last process."""
+        """Tell the step; die without a word in the last process."""
+        sys.stderr.write(f"step {step}\n")
         if step == die_at and workers.rank == workers.count - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    domain = pretrain(toys.make_model(), toys.make_clip(), samples(), RECIPE, Keeping(output), torch.eye(toys.WIDTH),
-                      workers, watch=watch)
+    own = Keeping(output / f"disk{workers.rank}")  # as on machines that share none
+    domain = pretrain(toys.make_model(), toys.make_clip(), samples(), RECIPE, own, torch.eye(toys.WIDTH), workers,
+                      watch=watch)
     if workers.first:
         save(domain, output, "domain")
     workers.close()

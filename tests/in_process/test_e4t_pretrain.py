@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from concepts_pack.e4t.domain import load, save
 from concepts_pack.e4t.encoder import Encoder, Shape
 from concepts_pack.e4t.method import PLACEHOLDER, SENTENCES, Predictor, Together
-from concepts_pack.e4t.pretrain import Keeping, is_edited, pretrain, shape_of
+from concepts_pack.e4t.pretrain import Keeping, Learner, Workers, is_edited, parser, pretrain, run, shape_of
 from concepts_pack.e4t.recognition import recognise
 from concepts_pack.e4t.samples import Samples, draw_pair, later, read_samples
 from concepts_pack.host.copies import private_copies
@@ -79,9 +81,50 @@ def test_stopped_and_started_again_it_ends_the_same(model, clip, tmp_path):
     assert again == [6, 7]  # more steps go on from the end
 
 
-def test_lost_losses_are_one_sentence(model, clip, tmp_path):
+@contextmanager
+def learner_of(model, clip, recompute=False, **changes):
+    with private_copies(model, clip, recompute) as (unet, text):
+        learner = Learner(unet, text, replace(RECIPE, **changes), METRIC, SAMPLES, None)
+        for layer in (*learner.encoder.words.values(), learner.encoder.values):
+            torch.nn.init.normal_(layer.weight, std=0.1)
+        with learner.predictor.installed:
+            yield learner
+
+
+def steps(learner, count):
+    return [learner.step(draw_pair(SAMPLES, 1000, 4, 0, step), step, 0.0, Workers(), bf16=False)
+            for step in range(count)]
+
+
+@pytest.mark.parametrize("edited", [0.0, 1.0])
+def test_gradient_checkpointing_changes_nothing(model, clip, edited):
+    found = []
+    for recompute in (False, True):
+        with learner_of(model, clip, recompute, edited=edited) as learner:
+            found.append((steps(learner, 2), [parameter.grad for parameter in learner.trained]))
+    torch.testing.assert_close(*found)
+    assert sum(bool(gradient.any()) for gradient in found[0][1] if gradient is not None) > 10
+
+
+@pytest.mark.parametrize("lost", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_moves_nothing(model, clip, lost):
+    with learner_of(model, clip) as learner:
+        before = [parameter.clone() for parameter in learner.trained]
+        hook = learner.trained[0].register_hook(lambda gradient: gradient * lost)
+        steps(learner, 9)
+        assert all(torch.equal(one, two) for one, two in zip(before, learner.trained, strict=True)) and learner.sound()
+        with pytest.raises(ValueError, match="stopped being a number at step 1;"):
+            learner.step(draw_pair(SAMPLES, 1000, 4, 0, 9), 9, 0.0, Workers(), bf16=False)
+        assert not learner.sound()
+        hook.remove()
+        steps(learner, 1)
+        assert not torch.equal(before[0], learner.trained[0]) and learner.sound()
+
+
+def test_lost_losses_are_one_sentence_and_leave_no_state(model, clip, tmp_path):
     with pytest.raises(ValueError, match="stopped being a number at step"):
         learn(model, clip, tmp_path, rate=1e30, steps=20)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("changes", "said"), [({"steps": 0}, "needs an end"), ({"word": " "}, "says nothing")])
@@ -176,6 +219,17 @@ def folder_of(tmp_path, *names, masks=()):
     return tmp_path / "pictures"
 
 
+def test_a_disk_that_refuses_the_unfinished_domain_stops_nothing(model, clip, calm_vae, tmp_path, caplog):
+    (tmp_path / "made" / "cat-unfinished.safetensors").mkdir(parents=True)
+    settings = {"folder": folder_of(tmp_path, "a.png", "b.png"), "checkpoint": "toy", "word": "cat", "steps": 3,
+                "batch-size": 2, "resolution": 64, "side": 32, "keep-minutes": 0, "output": tmp_path / "made",
+                "work": tmp_path / "work"}
+    args = parser().parse_args([part for name, value in settings.items() for part in (f"--{name}", str(value))])
+    made = load(run(args, (model, clip, calm_vae)))
+    assert json.loads(made.metadata["concepts.training"])["steps_done"] == 3
+    assert caplog.text.count("The pretraining goes on without this unfinished domain: ") == 3
+
+
 def encode(pictures):
     return pictures.permute(0, 3, 1, 2)[:, :, ::8, ::8].repeat(1, 2, 1, 1)[:, :4]
 
@@ -190,6 +244,15 @@ def test_a_folder_of_things_and_of_folders_of_things(tmp_path):
     assert samples.pictures.shape == (2, 3, 32, 32, 3) and samples.latents.shape == (2, 3, 4, 8, 8)
     assert samples.pictures[0, :, 5, 5, 0].tolist() == pytest.approx([10, 20, 30], abs=1)  # the folder b
     assert samples.unreadable == 0
+
+
+def test_pictures_beyond_the_views_are_not_read_and_spoken_of(tmp_path, caplog):
+    folder = folder_of(tmp_path, "b/1.png", "b/2.png", "b/3.png", "b/4.png", "c/1.png")
+    (folder / "b" / "1.png").write_bytes(b"no picture")
+    with caplog.at_level("INFO"):
+        samples = ranks.in_memory(read(folder, tmp_path, views=2))
+    assert samples.pictures[0, :, 5, 5, 0].tolist() == pytest.approx([10, 20], abs=1) and samples.unreadable == 1
+    assert "Subjects with more than 2 pictures, of which the first 2 are learned from: 1" in caplog.messages
 
 
 def test_views_of_a_thing_are_its_pictures_first(tmp_path):
@@ -234,7 +297,9 @@ def test_two_processes_learn_what_one_does_also_when_one_is_killed(model, clip, 
     (said, code), (_, killed) = processes(tmp_path, 2, die_at=3)
     assert killed == -signal.SIGKILL and code == 1
     assert "Another process of this job is gone" in said
-    assert [code for _, code in processes(tmp_path, 2)] == [0, 0]
+    for said, code in processes(tmp_path, 2):
+        assert code == 0 and re.findall(r"^step \d", said, re.MULTILINE) == ["step 4", "step 5"]
+    assert (tmp_path / "disk0").is_dir() and not (tmp_path / "disk1").exists()
     save(learn(model, clip, tmp_path / "alone"), tmp_path, "alone")
     found, expected = (load(tmp_path / f"{name}.safetensors") for name in ("domain", "alone"))
     torch.manual_seed(RECIPE.seed)

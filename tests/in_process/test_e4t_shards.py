@@ -103,6 +103,22 @@ def test_a_shard_may_have_no_picture_that_can_be_read(tmp_path):
         assert samples.latents.shape == (1, 2, 4, 8, 8) and samples.unreadable == 64
 
 
+def test_files_that_are_not_read_change_nothing(tmp_path):
+    folder, work = tmp_path / "cats", tmp_path / "work"
+    (folder / "b").mkdir(parents=True)
+    for name in ("a.png", "b/1.png"):
+        Image.new("RGB", (64, 48)).save(folder / name)
+    first = read(folder, work)
+    for name in ("Thumbs.db", "b/.DS_Store", "b/1.txt", "a-empty/desktop.ini"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    encode = Encode()
+    again = read(folder, work, encode)
+    assert encode.done == 0 and again.source == first.source
+    Image.new("L", (64, 48), 255).save(folder / "b" / "1.mask.png")
+    assert read(folder, work).source != first.source
+
+
 def test_other_settings_are_kept_apart(folder, tmp_path):
     for vae in ("one", "two"):
         encode = Encode()

@@ -109,7 +109,18 @@ def test_any_change_is_noticed(folder):
     os.utime(folder / "x.png", (1, 1))
     touched = fingerprint(folder)
     (folder / "x.txt").write_text("a cat")
-    assert len({before, touched, fingerprint(folder)}) == 3
+    captioned = fingerprint(folder)
+    RED.convert("L").save(folder / "x.mask.png")
+    assert len({before, touched, captioned, fingerprint(folder)}) == 4
+
+
+def test_what_a_file_manager_leaves_changes_nothing(folder):
+    (folder / "b").mkdir()
+    RED.save(folder / "b" / "x.png")
+    before = fingerprint(folder)
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "b/.DS_Store"):
+        (folder / name).write_bytes(b"x")
+    assert fingerprint(folder) == before
 
 
 def test_pictures_are_ordinary_tensors(folder):
