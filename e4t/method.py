@@ -101,6 +101,7 @@ class Predictor:
         predicted = self.predict(pair.pictures, pair.latents, pair.noise, pair.timesteps)
         sentences = [SENTENCES[lot % len(SENTENCES)] for lot in pair.lots]
         context, pooled = encode_words(self.clip, [fill(s, PLACEHOLDER) for s in sentences], self.words(predicted))
+        context = context.to(self.device)
         said = torch.cat(list(predicted.words.values()), 1).float()
         size = (self.scale * said).square().mean(1)
         if edited:

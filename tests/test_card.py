@@ -8,22 +8,30 @@ from pathlib import Path
 
 import pytest
 from concepts_pack.microworld.client import Client
+from concepts_pack.microworld.world import concept_photos
+from PIL import Image
 
 from .conftest import interrupt, script
-from .test_server import ROOT, WORKFLOWS, example
+from .test_server import ROOT, WORKFLOWS, example, the
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the card is compiled by g++")
 
 
-@pytest.fixture(scope="module", params=["half precision", "single precision"])
+HALF, SINGLE = "half precision", "single precision"  # with which the text encoder stays on the processor
+
+
+@pytest.fixture(scope="module", params=[HALF, SINGLE])
 def client(request, tmp_path_factory):
     """A client of a real server that finds the card."""
     dev, folder = script("dev.py"), tmp_path_factory.mktemp("card")
     host = dev.Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable))
+    (folder / "input" / "things").mkdir(parents=True)
+    for number, photo in enumerate(concept_photos("test cat", 2, 0)[0]):
+        Image.fromarray((photo * 255).astype("uint8")).save(folder / "input" / "things" / f"{number}.png")
     before = signal.signal(signal.SIGTERM, interrupt)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT / "tests" / "card"))
-        options = ["--force-fp32"] if request.param == "single precision" else []
+        options = ["--force-fp32"] if request.param == SINGLE else []
         patch.setattr(dev, "server_command", lambda *given, command=dev.server_command: [*command(*given), *options])
         with dev.serve(host, folder) as url:
             assert "Device: npu" in (folder / "server.log").read_text(encoding="utf-8")
@@ -31,12 +39,49 @@ def client(request, tmp_path_factory):
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
-def test_example_runs(client, name):
-    prompt = example(client.object_info(), name)
+def drawn(client, prompt):
+    """What the prompt saves, drawn in two steps."""
     for node in prompt.values():
         if node["class_type"] == "KSampler":
             node["inputs"]["steps"] = 2
     outputs = client.run(prompt)
-    pictures = [client.images(outputs[key]) for key, node in prompt.items() if node["class_type"] == "SaveImage"]
-    assert pictures and all(data.startswith(b"\x89PNG") for images in pictures for data in images)
+    return [image for key, node in prompt.items() if node["class_type"] == "SaveImage"
+            for image in client.images(outputs[key])]
+
+
+@pytest.mark.parametrize("client, name", [(HALF, "perfusion_train"), *((SINGLE, path.stem) for path in WORKFLOWS)],
+                         indirect=["client"])
+def test_example_runs(client, name):
+    pictures = drawn(client, example(client.object_info(), name))
+    assert pictures and all(data.startswith(b"\x89PNG") for data in pictures)
+
+
+def test_a_domain_is_pretrained_and_a_model_tuned(client):
+    prompt = example(client.object_info(), "e4t_one_picture")
+    place = next(key for key, node in prompt.items() if node["class_type"] == "ConceptsLoadDomain")
+    models = {name: the(prompt, "ConceptsTuneE4T")[name] for name in ("model", "clip", "vae")}
+    prompt[place] = {"class_type": "ConceptsPretrainE4T", "inputs": {
+        **models, "folder": "things", "class_word": "cat", "name": "card", "steps": 2, "batch_size": 2, "seed": 0,
+        "rate": 0.001, "regulariser": 0.001, "resolution": 128, "mirror": False,
+    }}
+    the(prompt, "ConceptsTuneE4T")["result"] = "tuned model"
+    assert drawn(client, prompt)
+
+
+def test_a_concept_is_inspected_exported_hooked_and_locked(client):
+    prompt = example(client.object_info(), "perfusion_inline")
+    given = {name: the(prompt, "ConceptsApply")[name] for name in ("model", "clip", "concept")}
+    locked = the(prompt, "CLIPTextEncode")
+    prompt |= {
+        "locked": {"class_type": "ConceptsEncodeGlobalKeys", "inputs": {"clip": locked["clip"], "text": locked["text"]}},
+        "hook": {"class_type": "ConceptsHook", "inputs": {**given, "strength": 1.0, "bias": 0.8}},
+        "hooked": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["hook", 1], "text": locked["text"]}},
+        "set": {"class_type": "PairConditioningSetProperties", "inputs": {
+            "positive_NEW": ["hooked", 0], "negative_NEW": ["locked", 0], "strength": 1.0, "set_cond_area": "default",
+            "hooks": ["hook", 0]}},
+        "inspect": {"class_type": "ConceptsInspect", "inputs": {"concept": given["concept"], "clip": given["clip"]}},
+        "export": {"class_type": "ConceptsExportLora", "inputs": {
+            **given, "name": "card", "strength": 1.0, "overwrite": True}},
+    }
+    the(prompt, "KSampler").update(model=given["model"], positive=["set", 0], negative=["set", 1])
+    assert drawn(client, prompt)
