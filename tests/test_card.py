@@ -71,11 +71,11 @@ def test_a_domain_is_pretrained_and_a_model_tuned(client):
 def test_a_concept_is_inspected_exported_hooked_and_locked(client):
     prompt = example(client.object_info(), "perfusion_inline")
     given = {name: the(prompt, "ConceptsApply")[name] for name in ("model", "clip", "concept")}
-    locked = the(prompt, "CLIPTextEncode")
+    text = dict(the(prompt, "CLIPTextEncode"))
     prompt |= {
-        "locked": {"class_type": "ConceptsEncodeGlobalKeys", "inputs": {"clip": locked["clip"], "text": locked["text"]}},
+        "locked": {"class_type": "ConceptsEncodeGlobalKeys", "inputs": text},
         "hook": {"class_type": "ConceptsHook", "inputs": {**given, "strength": 1.0, "bias": 0.8}},
-        "hooked": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["hook", 1], "text": locked["text"]}},
+        "hooked": {"class_type": "CLIPTextEncode", "inputs": {**text, "clip": ["hook", 1]}},
         "set": {"class_type": "PairConditioningSetProperties", "inputs": {
             "positive_NEW": ["hooked", 0], "negative_NEW": ["locked", 0], "strength": 1.0, "set_cond_area": "default",
             "hooks": ["hook", 0]}},
