@@ -101,6 +101,25 @@ def test_a_state_of_another_shape_is_passed_over(tmp_path):
     assert states.restore(torch.optim.AdamW([weight])) == [] and weight.tolist() == [1, 1]
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which files are mapped")
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_nothing_holds_on_to_a_state_that_was_resumed_from(tmp_path, optimiser):
+    """Windows refuses to delete a file while a tensor is mapped from it."""
+    states, weight = States(tmp_path, "run", every=1), torch.nn.Parameter(torch.zeros(3000))
+    stepped, resumed = (OPTIMISERS[optimiser]([{"params": [weight], "lr": 0.1}]) for _ in range(2))
+    weight.grad = torch.ones(3000)
+    stepped.step()
+    states.save([1.0], stepped)
+    assert states.restore(resumed) == [1.0]
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_state_that_cannot_be_removed_is_left_over(tmp_path, caplog):
+    (tmp_path / "run-step0000001.safetensors").mkdir()  # nothing that could be unlinked
+    States(tmp_path, "run", every=1).clear()
+    assert "left over" in caplog.text
+
+
 def test_a_full_disk_costs_only_the_state(model, clip, vae, photos, states):
     states.parent.mkdir(parents=True)
     states.write_text("")  # a file where the folder should be
