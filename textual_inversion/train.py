@@ -20,7 +20,7 @@ from ..host.objective import denoising_error, timestep_count
 from ..host.pictures import sample_picture, vae_encode
 from ..host.progress import ProgressBar
 from ..host.sockets import CLIP, VAE, ModelPatcher
-from ..host.text import encode_all, rows
+from ..host.text import encode_all, fingerprint_of, rows
 from ..training import preview
 from ..training.dataset import Lessons, Photo, cache, squares, weighted_mean, working_side
 from ..training.draws import Batch
@@ -125,6 +125,10 @@ class WordMethod:
                                 self.recipe.snr_cap)
         return weighted_mean(error, None if self.weights is None else self.weights[batch.photos, batch.views])
 
+    def identity(self) -> str:
+        """What decides what is learned beside recipe, lessons and weights; states of trainings go by it."""
+        return self.architecture
+
     def after_step(self) -> None:
         for encoder, leaf in self.leaves.items():
             leaf.data = with_norm(leaf.data, self.norms[encoder], self.recipe.norm_pull)
@@ -205,7 +209,7 @@ def learn_word(
     with private_copies(model, clip, recompute) as (unet, text):
         lessons = _on(lessons, unet.load_device)
         method = method_of(unet, text, recipe, lessons)
-        states = keeping and _states(keeping, recipe, lessons, fingerprint(unet, text.patcher))
+        states = keeping and _states(keeping, method, lessons, fingerprint(unet, text.patcher) + fingerprint_of(clip))
         watcher = Watcher(method, vae, lessons.latents.shape[2:], view)
         watcher.sample(f"step 0: {recipe.init_text}")
         plan = Plan(recipe.steps, recipe.batch_size, recipe.seed, timestep_count(unet.model), recipe.accumulation,
@@ -232,12 +236,13 @@ def _on(lessons: Lessons, device: torch.device) -> Lessons:
     return Lessons(lessons.latents.to(device).clone(), weights, lessons.captions)
 
 
-def _states(keeping: Keeping, recipe: Recipe, lessons: Lessons, weights: str) -> States:
-    """The states of exactly this training: same recipe, photos, masks, captions and weights."""
-    digest = hashlib.sha256(f"{weights} {json.dumps(asdict(recipe), sort_keys=True)} {lessons.captions}".encode())
+def _states(keeping: Keeping, method: WordMethod, lessons: Lessons, models: str) -> States:
+    """The states of exactly this training: same method, recipe, photos, masks, captions, weights and clip-skip."""
+    recipe = json.dumps(asdict(method.recipe), sort_keys=True)
+    digest = hashlib.sha256(f"{models} {method.identity()} {recipe} {lessons.captions}".encode())
     for tensor in (lessons.latents, lessons.weights):
         digest.update(b"none" if tensor is None else tensor.cpu().numpy().tobytes())
-    name = recipe.placeholder.strip("<>")
+    name = method.recipe.placeholder.strip("<>")
     states = States(states_folder(), f"{name}-{digest.hexdigest()[:16]}", keeping.every, keeping.keep)
     if not keeping.resume:
         states.clear()

@@ -71,6 +71,17 @@ def test_other_settings_photos_or_weights_do_not_resume(model, clip, vae, photos
     assert learn_word(lora, clip, vae, gather([photos]), recipe(), QUIET, KEEPING).losses == fresh.losses
 
 
+def test_another_clip_skip_does_not_resume(model, clip, vae, photos, states):
+    cancel_at(3)
+    learn_word(model, clip, vae, gather([photos]), recipe(), QUIET, KEEPING)
+    comfy.utils.set_progress_bar_global_hook(None)
+    skipped, kept = clip.clone(), sorted(states.iterdir())
+    skipped.clip_layer(-2)
+    fresh, again = (learn_word(model, skipped, vae, gather([photos]), recipe(), QUIET, keeping)
+                    for keeping in (None, KEEPING))
+    assert to_bytes(again.concept) == to_bytes(fresh.concept) and sorted(states.iterdir()) == kept
+
+
 def test_resume_can_be_turned_off(model, clip, vae, photos, states):
     cancel_at(3)
     part = learn_word(model, clip, vae, gather([photos]), recipe(), QUIET, KEEPING)
