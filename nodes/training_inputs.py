@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.bases import base_name, check_pair
+from ..host.bases import base_name, check_pair, native_side
 from ..host.copies import memory_is_short
 from ..host.pictures import is_empty
 from ..host.text import is_ordinary_word, ready, rows
@@ -87,7 +87,8 @@ def how_to_look(kind: str, mask_floor: float) -> list[io.Input]:
             "is not learned into the word, so name backgrounds that all photos share."
         )),
         io.Int.Input("resolution", default=0, min=0, max=2048, step=64, advanced=True, tooltip=(
-            "Side of the training square in pixels. 0 takes the photos' own size, up to 512."
+            "Side of the training square in pixels. 0 takes the photos' own size, up to what the checkpoint was made "
+            "for: 512 for Stable Diffusion 1.x and 2.x, 768 for 2.x with v-prediction, 1024 for SDXL."
         )),
         io.Boolean.Input("mirror", default=False, advanced=True, tooltip=(
             "Also learn from mirrored photos. Off for anything with lettering or whose left and right differ."
@@ -111,7 +112,8 @@ def how_to_run() -> list[io.Input]:
     return [
         io.Combo.Input("save_memory", options=["auto", "on", "off"], default="auto", advanced=True, tooltip=(
             "Compute parts of the model twice instead of keeping them (gradient checkpointing): about half "
-            "the memory, a third slower. 'auto' does so on cards with less than 20 GB."
+            "the memory, a third slower. 'auto' does so on cards with less than 20 GB, and for checkpoints that were "
+            "made for more than 512 pixels."
         )),
         io.Int.Input("save_every", default=100, min=0, max=100000, advanced=True, tooltip=(
             "Keeps a state on disk every so many steps, from which the training goes on after a crash or "
@@ -248,7 +250,8 @@ def run(inputs: dict, learn: Learn) -> io.NodeOutput:
     check_sockets(one)
     view = Preview(one["preview_every"], one["preview_prompt"], one["preview_cfg"], one["preview_steps"])
     keeping = Keeping(one["save_every"], one["keep_states"], one["resume"])
-    recompute = one["save_memory"] == "on" or one["save_memory"] == "auto" and memory_is_short(one["model"])
+    short = memory_is_short(one["model"]) or native_side(one["model"]) > 512
+    recompute = one["save_memory"] == "on" or one["save_memory"] == "auto" and short
     recipe, lesson = learn(one, photos, view, keeping, recompute)
     if len(lesson.losses) < recipe.steps:
         _stopped.append(_widgets(inputs))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..host.bases import base_name, check_pair
+from ..host.bases import base_name, check_pair, native_side
 from ..host.clip_overlay import with_words
 from ..host.copies import fingerprint, private_copies, settle
 from ..host.folders import states_folder, unfinished_folder
@@ -31,7 +31,6 @@ from .file import save
 from .templates import BY_KIND, OBJECT, fill, sentence_of
 from .word import spread, with_norm
 
-LARGEST_SIDE = 512
 log = logging.getLogger("concepts")
 
 
@@ -202,7 +201,7 @@ def learn_word(
     """
     base = base_name(model)
     check_pair(model, clip)
-    side = working_side(photos, recipe.resolution, LARGEST_SIDE)
+    side = working_side(photos, recipe.resolution, native_side(model))
     views = squares(photos, side, recipe.crops, recipe.mirror, recipe.seed)
     lessons = cache(lambda pictures: model.model.process_latent_in(vae_encode(vae, pictures)), views, len(photos),
                     recipe.mask_floor)
