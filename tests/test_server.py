@@ -76,6 +76,18 @@ def test_training_is_reused_for_another_text(client, info):
     assert titles and trainer not in titles
 
 
+def test_an_example_queued_again_keeps_what_was_saved_before(client, server, info):
+    """A user who tries one on photos of their own may have a concept of that name."""
+    prompt = example(info)
+    client.run(prompt)
+    folder = server[1] / "models" / "embeddings"
+    before = {path: path.read_bytes() for path in folder.glob("mine*.safetensors")}
+    the(prompt, TRAIN)["seed"] += 1
+    client.run(prompt)
+    after = {path: path.read_bytes() for path in folder.glob("mine*.safetensors")}
+    assert before and before.items() < after.items()
+
+
 def test_bad_input_is_refused_in_one_sentence(client, info):
     prompt = example(info)
     the(prompt, TRAIN)["init_text"] = ""
