@@ -70,7 +70,8 @@ def how_long(presets: Iterable[str], own: list[io.Input]) -> io.Input:
 def chosen_seed() -> io.Input:
     """What decides everything random."""
     return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=(
-        "Decides noise, order and sentences. The same seed and photos give the same file, byte for byte."
+        "Decides noise, order and sentences. The same seed and photos give the same file, byte for byte on a processor "
+        "and nearly the same on a graphics card."
     ))
 
 

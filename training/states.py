@@ -1,4 +1,4 @@
-"""States of a running training on disk, from which an interrupted one goes on bit for bit."""
+"""States of a running training on disk, from which an interrupted one goes on, bit for bit on a processor."""
 
 import json
 import logging
