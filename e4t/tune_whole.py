@@ -26,7 +26,7 @@ from ..training.dataset import Lessons, Photo, squares
 from ..training.draws import Batch
 from .difference import Difference, LowRank, changed_weight, nothing_added
 from .difference_file import save
-from .domain import Domain
+from .domain import Domain, digest
 from .method import SENTENCES, Predictor
 from .offsets import Offset
 from .strangers import tell_strangers
@@ -45,6 +45,7 @@ class TunedWhole(WordMethod):
                  lessons: Lessons, vision: Vision | None = None) -> None:
         super().__init__(unet, clip, recipe, lessons)
         self.device, self.latents = unet.load_device, lessons.latents[:, 0]
+        self.domain = digest(domain)
         self.encoder = copy.deepcopy(domain.encoder).to(self.device).requires_grad_()
         shown = squares(photos, lessons.latents.shape[-1] * 8)
         self.seen = domain.encoder.seen(torch.stack([photo.picture for photo in shown]), vision).to(self.device)
@@ -69,6 +70,9 @@ class TunedWhole(WordMethod):
         rate = self.recipe.learning_rate
         return [{"params": list(self.encoder.parameters()), "lr": self.encoder.tuning_rate * rate},
                 {"params": factors, "lr": rate}]
+
+    def identity(self) -> str:
+        return f"{super().identity()} {self.domain}"
 
     def loss(self, batch: Batch) -> Tensor:
         """The error (b) under words that the encoder predicts from each sample's own noised latent."""

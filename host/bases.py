@@ -1,5 +1,6 @@
 """Which kinds of checkpoint the pack can train on."""
 
+from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy.supported_models import SD15, SD20, SDXL, LotusD, SD21UnclipH, SD21UnclipL
@@ -27,6 +28,14 @@ def base_name(model: ModelPatcher) -> str:
             "Learn on the checkpoint it was made from: the word works on both."
         )
     return type(config).__name__
+
+
+def native_side(model: ModelPatcher) -> int:
+    """The side in pixels of the squares that a checkpoint of these families was trained on."""
+    config = model.model.model_config
+    if isinstance(config, SDXL):
+        return 1024
+    return 768 if isinstance(config, SD20) and model.model.model_type == ModelType.V_PREDICTION else 512
 
 
 def check_pair(model: ModelPatcher, clip: CLIP) -> None:

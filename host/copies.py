@@ -17,7 +17,9 @@ from comfy.sd import CLIP
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-AMPLE = 25  # bytes for each of the UNet's weights: 20 GB on SD1.x, room for a batch of 4 with all activations kept
+from .bases import native_side
+
+AMPLE = 25  # bytes for each weight at 512 pixels: 20 GB on SD1.x, room for a batch of 4 with all activations kept
 
 
 @contextmanager
@@ -70,7 +72,8 @@ def settle(*patchers: ModelPatcher) -> None:
 def memory_is_short(model: ModelPatcher) -> bool:
     """Whether the model's device is a graphics card with less memory than training in one go takes."""
     device, weights = model.load_device, sum(weight.numel() for weight in model.model.parameters())
-    return device.type != "cpu" and comfy.model_management.get_total_memory(device) < AMPLE * weights
+    ample = AMPLE * weights * (native_side(model) / 512) ** 2
+    return device.type != "cpu" and comfy.model_management.get_total_memory(device) < ample
 
 
 def _private(patcher: ModelPatcher, socket: str, recompute: bool = False) -> tuple[ModelPatcher, ModelPatcher]:

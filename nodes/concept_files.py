@@ -109,9 +109,9 @@ class ConceptsLoad(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, name: str, placeholder: str) -> str:
-        """A file that was written anew is read anew."""
-        return _stamp(_path(name))
+    def fingerprint_inputs(cls, name: str | None, placeholder: str | None) -> str:
+        """A file that was written anew is read anew, unless its name is linked: the host does not tell it then."""
+        return _stamp(_path(name)) if name else ""
 
     @classmethod
     def execute(cls, name: str, placeholder: str) -> io.NodeOutput:
@@ -146,9 +146,9 @@ class ConceptsLoadLoraWords(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, name: str) -> str:
-        """A file that was written anew is read anew."""
-        return _stamp(file_path("loras", name))
+    def fingerprint_inputs(cls, name: str | None) -> str:
+        """A file that was written anew is read anew, unless its name is linked: the host does not tell it then."""
+        return _stamp(file_path("loras", name)) if name else ""
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:

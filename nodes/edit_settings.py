@@ -10,7 +10,7 @@ def edit_settings() -> list[io.Input]:
     return [
         io.Float.Input("bias", default=BIAS, min=-1.0, max=2.0, step=0.01, optional=True, tooltip=(
             "From most like the photos (0.8 and below) to exactly what the prompt says (1.3), for a Perfusion concept; "
-            "words and tuned models have no such slider. Prompts need not be encoded again."
+            "words and tuned models have no such slider. Moving it needs no training."
         )),
         io.Float.Input("temperature", default=TEMPERATURE, min=0.01, max=1.0, step=0.01, optional=True, advanced=True,
                        tooltip="How gradually the concept sets in around the bias. Low makes it on or off."),

@@ -52,9 +52,9 @@ class ConceptsImportE4T(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, **inputs) -> str:
-        """A folder that was downloaded anew is read anew."""
-        files = sorted(folder_path(DOMAINS, folder).iterdir())
+    def fingerprint_inputs(cls, folder: str | None, **inputs) -> str:
+        """A folder that was downloaded anew is read anew, unless its name is linked: the host does not tell it then."""
+        files = sorted(folder_path(DOMAINS, folder).iterdir()) if folder else ()
         return " ".join(f"{path.name} {path.stat().st_mtime_ns}" for path in files)
 
     @classmethod

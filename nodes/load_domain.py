@@ -35,8 +35,10 @@ class ConceptsLoadDomain(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, name: str) -> str:
-        """A file that was written anew is read anew."""
+    def fingerprint_inputs(cls, name: str | None) -> str:
+        """A file that was written anew is read anew, unless its name is linked: the host does not tell it then."""
+        if not name:
+            return ""
         path = file_path(DOMAINS, name)
         return f"{path} {path.stat().st_mtime_ns}"
 

@@ -39,9 +39,9 @@ class ConceptsLoadPhotos(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str) -> str:
-        """Changed files are read anew."""
-        return fingerprint(input_subfolder(folder))
+    def fingerprint_inputs(cls, folder: str | None) -> str:
+        """Changed files are read anew, unless the folder's name is linked: the host does not tell it then."""
+        return fingerprint(input_subfolder(folder)) if folder else ""
 
     @classmethod
     def execute(cls, folder: str) -> io.NodeOutput:

@@ -78,9 +78,9 @@ class ConceptsPretrainE4T(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, **inputs) -> str:
-        """Pictures that were changed or added are learned from."""
-        return folder_fingerprint(input_subfolder(folder), ENDINGS)
+    def fingerprint_inputs(cls, folder: str | None, **inputs) -> str:
+        """Changed or added pictures are learned from, unless the folder's name is linked: the host does not tell it."""
+        return folder_fingerprint(input_subfolder(folder), ENDINGS) if folder else ""
 
     @classmethod
     def execute(cls, model, clip, vae, folder, class_word, name, steps, batch_size, seed, rate, regulariser, resolution,

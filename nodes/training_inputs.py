@@ -70,7 +70,8 @@ def how_long(presets: Iterable[str], own: list[io.Input]) -> io.Input:
 def chosen_seed() -> io.Input:
     """What decides everything random."""
     return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=(
-        "Decides noise, order and sentences. The same seed and photos give the same file, byte for byte."
+        "Decides noise, order and sentences. The same seed and photos give the same file, byte for byte on a processor "
+        "and nearly the same on a graphics card."
     ))
 
 
@@ -87,7 +88,8 @@ def how_to_look(kind: str, mask_floor: float) -> list[io.Input]:
             "is not learned into the word, so name backgrounds that all photos share."
         )),
         io.Int.Input("resolution", default=0, min=0, max=2048, step=64, advanced=True, tooltip=(
-            "Side of the training square in pixels. 0 takes the photos' own size, up to 512."
+            "Side of the training square in pixels. 0 takes the photos' own size, up to what the checkpoint was made "
+            "for: 512 for Stable Diffusion 1.x and 2.x, 768 for 2.x with v-prediction, 1024 for SDXL."
         )),
         io.Boolean.Input("mirror", default=False, advanced=True, tooltip=(
             "Also learn from mirrored photos. Off for anything with lettering or whose left and right differ."
@@ -111,7 +113,8 @@ def how_to_run() -> list[io.Input]:
     return [
         io.Combo.Input("save_memory", options=["auto", "on", "off"], default="auto", advanced=True, tooltip=(
             "Compute parts of the model twice instead of keeping them (gradient checkpointing): about half "
-            "the memory, a third slower. 'auto' does so on cards with less than 20 GB."
+            "the memory, a third slower. 'auto' does so on cards with less than 20 GB for Stable Diffusion 1.x, and "
+            "on any that is not far larger for SDXL."
         )),
         io.Int.Input("save_every", default=100, min=0, max=100000, advanced=True, tooltip=(
             "Keeps a state on disk every so many steps, from which the training goes on after a crash or "

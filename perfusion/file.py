@@ -130,6 +130,16 @@ def check_fits(concept: Concept, sizes: Mapping[str, tuple[int, int]]) -> None:
                              f"{len(edit.target_input)} × {len(edit.values[layer])}: load a checkpoint of that base.")
 
 
+def check_encoder(concept: Concept, width: int) -> None:
+    """Raises ValueError unless the edit was learned with a text encoder that gives `width` numbers for a token."""
+    (word,) = concept.words
+    learned = len(concept.edit.target_input)
+    if learned != width:
+        base = concept.metadata.get("modelspec.base_model", "another base")
+        raise ValueError(f"{word.placeholder} was learned on {base} with a text encoder that gives {learned} numbers "
+                         f"for a token; this CLIP gives {width}: connect the CLIP of that base.")
+
+
 def layers_text(sizes: Mapping[str, int]) -> str:
     """Layers and their sizes in one line: `input_blocks.1.1/0:320 .2.1 .4.1:640 middle_block.1/0:1280`.
 

@@ -4,13 +4,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..host.sockets import CLIP
-from ..host.text import encode, ready, written_words
+from ..host.text import encode, ready, widths, written_words
 from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
 from ..training.preview import FAINT, INK, LINE, PANEL, PAPER, RAW
 from .apply import BIAS, TEMPERATURE
 from .covariance import precision
 from .edit import gate_of_kin, similarity
+from .file import check_encoder
 
 ROW, NAME_WIDTH, BAR_WIDTH = 26, 220, 360
 
@@ -18,7 +19,11 @@ ROW, NAME_WIDTH, BAR_WIDTH = 26, 220, 360
 @torch.no_grad()
 def gates(clip: CLIP, concept: Concept, prompt: str, bias: float = BIAS,
           temperature: float = TEMPERATURE) -> list[tuple[str, float, float]]:
-    """Each token of a prompt up to its end with its similarity to i* and its gate, as `apply` has it."""
+    """Each token of a prompt up to its end with its similarity to i* and its gate, as `apply` has it.
+
+    Raises ValueError for another kind of text encoder.
+    """
+    check_encoder(concept, sum(widths(clip).values()))
     taught = apply_words(clip, concept, 1.0)
     target, dual = concept.edit.target_input[None], concept.edit.dual_under(precision(clip)).float()
     encodings = encode(ready(taught), prompt)[0][0].float().cpu()

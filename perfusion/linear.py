@@ -18,6 +18,7 @@ from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
 from ..textual_inversion.templates import fill
 from .covariance import own_captions, precision
+from .file import check_encoder
 
 FORMS = ("a photo of {{}}, {}", "{}, {{}}", "a {{}} {}")
 PROMPTS = 48
@@ -34,10 +35,7 @@ def linear_dual(clip: CLIP, concept: Concept) -> Tensor:
     of text encoder.
     """
     (word,), target = concept.words, concept.edit.target_input.double()
-    here = sum(widths(clip).values())
-    if len(target) != here:
-        raise ValueError(f"{word.placeholder} was learned with a text encoder that gives {len(target)} numbers for a "
-                         f"token; this CLIP gives {here}: take model and CLIP from one checkpoint.")
+    check_encoder(concept, sum(widths(clip).values()))
     metric, taught = precision(clip).double(), ready(apply_words(plain(clip), concept, 1.0))
     behind, word_itself = [], []
     for prompt in _prompts(word.placeholder):

@@ -6,8 +6,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..host.copies import settle
 from ..host.cross_attention import cross_attentions
+from ..host.loading import load
 from ..host.lora_names import lora_names
 from ..host.sockets import ModelPatcher
 from ..textual_inversion.concept import Concept
@@ -28,7 +28,7 @@ def to_lora(model: ModelPatcher, concept: Concept, dual: Tensor, strength: float
     target = edit.target_input
     down = (dual / (dual @ target.to(dual))).float()
     balance = down.norm()  # so that neither half is small beside the other
-    settle(model)
+    load(model)
     inputs = torch.stack([target, edit.super_input]).to(model.load_device, model.model.get_dtype_inference())
     tensors, keys = {}, lora_names(model)
     for name, attention in cross_attentions(model.model.diffusion_model).items():

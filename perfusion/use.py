@@ -5,11 +5,12 @@ from collections.abc import Iterable
 
 from ..host.cross_attention import edits_on, hook_of, sizes, with_edits
 from ..host.sockets import CLIP, HookGroup, ModelPatcher
+from ..host.text import widths
 from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
 from .apply import Applied, applied, overrides
 from .covariance import encoder_fingerprint, precision
-from .file import check_fits
+from .file import check_encoder, check_fits
 
 log = logging.getLogger("concepts")
 
@@ -58,6 +59,7 @@ def _ready(
 ) -> tuple[CLIP, Applied]:
     taught = apply_words(clip, concept, 1.0)
     check_fits(concept, sizes(model))
+    check_encoder(concept, sum(widths(clip).values()))
     (word,) = concept.words
     if concept.edit.encoder and concept.edit.encoder != encoder_fingerprint(clip):
         log.warning("%s was learned with another text encoder than this one; it may look less like its photos.",

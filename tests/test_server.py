@@ -5,10 +5,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from concepts_pack.microworld.client import ComfyError, choose, to_prompt
+from PIL import Image
+from safetensors.torch import save_file
 
 from .in_process import test_e4t_import as toy_release
 
@@ -76,6 +80,18 @@ def test_training_is_reused_for_another_text(client, info):
     assert titles and trainer not in titles
 
 
+def test_an_example_queued_again_keeps_what_was_saved_before(client, server, info):
+    """A user who tries one on photos of their own may have a concept of that name."""
+    prompt = example(info)
+    client.run(prompt)
+    folder = server[1] / "models" / "embeddings"
+    before = {path: path.read_bytes() for path in folder.glob("mine*.safetensors")}
+    the(prompt, TRAIN)["seed"] += 1
+    client.run(prompt)
+    after = {path: path.read_bytes() for path in folder.glob("mine*.safetensors")}
+    assert before and before.items() < after.items()
+
+
 def test_bad_input_is_refused_in_one_sentence(client, info):
     prompt = example(info)
     the(prompt, TRAIN)["init_text"] = ""
@@ -132,6 +148,48 @@ def test_cancel_during_sampling_leaves_the_server_usable(client, info):
     with pytest.raises(ComfyError, match="Cancelled"):
         client.run(prompt, lambda _, __, maximum: maximum == 10_000 and started.set())
     assert still_works(client)
+
+
+def test_nodes_whose_names_are_linked_are_reused(client, server, models):
+    """The host asks them for changes before it knows what is linked, and reuses nothing behind one that raises."""
+    save_file({"emb_params": torch.randn(1, 256)}, models / "embeddings" / "linked.safetensors")
+    save_file({"bundle_emb.linked.string_to_param.*": torch.randn(1, 256)}, models / "loras" / "linked.safetensors")
+    photos = server[1] / "input" / "linked"
+    photos.mkdir(parents=True)
+    Image.new("RGB", (64, 64), "red").save(photos / "1.png")
+    (models / "e4t" / "linked").mkdir(parents=True)
+    toy_release.write(models / "e4t" / "linked" / "cats", toy_release.TRAINED, encoder=toy_release.weights(),
+                      weight_offsets=toy_release.OFFSETS)
+    prompt = {}
+    for kind, widget, value, output, others in (
+        ("LoadPhotos", "folder", "linked", 2, {}), ("LoadDomain", "name", "teddy.safetensors", 1, {}),
+        ("Load", "name", "linked.safetensors", 1, {"placeholder": ""}),
+        ("LoadLoraWords", "name", "linked.safetensors", 1, {}),
+        ("ImportE4T", "folder", "linked/cats", 2, {"name": "imported/linked"}),
+    ):  # fmt: skip
+        prompt |= {
+            f"{kind} name": {"class_type": "PrimitiveString", "inputs": {"value": value}},
+            f"{kind} link": {"class_type": "ComfySwitchNode", "inputs": {  # a text does not fit a list as it is
+                "switch": True, "on_true": [f"{kind} name", 0], "on_false": [f"{kind} name", 0],
+            }},
+            kind: {"class_type": f"Concepts{kind}", "inputs": {widget: [f"{kind} link", 0], **others}},
+            f"{kind} shown": {"class_type": "PreviewAny", "inputs": {"source": [kind, output]}},
+        }  # fmt: skip
+    first, again = (client.post("/prompt", {"prompt": prompt, "client_id": client.id}) for _ in range(2))
+    told = history(client, json.loads(again)["prompt_id"])
+    assert history(client, json.loads(first)["prompt_id"])["execution_success"] and told["execution_success"]
+    assert set(told["execution_cached"]["nodes"]) >= {name for name in prompt if " " not in name}
+
+
+def history(client, prompt_id, seconds=300):
+    """Wait for a prompt to end, and return what the server tells of it by kind of message."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = json.loads(client.get(f"/history/{prompt_id}"))
+        if prompt_id in found:
+            return dict(found[prompt_id]["status"]["messages"])
+        time.sleep(0.1)
+    raise TimeoutError(f"The prompt did not end within {seconds} s.")
 
 
 def test_a_release_is_imported_and_met_by_a_model_of_another_base(client, server, info):

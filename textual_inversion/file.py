@@ -80,6 +80,7 @@ def bundle(concept: Concept, lora: Path, folder: Path, name: str, overwrite: boo
             key = "string_to_param.*" if word.vectors.keys() == {"clip_l"} else encoder
             tensors[f"bundle_emb.{title}.{key}"] = vectors.detach().cpu().float().contiguous()
     data = with_metadata(safetensors.torch.save(tensors), metadata)
+    del tensors  # mapped from the LoRA, which Windows would not let be replaced by its copy
     return write_named(data, folder, name, ".safetensors", overwrite)
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..host.bases import base_name, check_pair
+from ..host.bases import base_name, check_pair, native_side
 from ..host.clip_overlay import with_words
 from ..host.copies import fingerprint, private_copies, settle
 from ..host.folders import states_folder, unfinished_folder
@@ -20,7 +20,7 @@ from ..host.objective import denoising_error, timestep_count
 from ..host.pictures import sample_picture, vae_encode
 from ..host.progress import ProgressBar
 from ..host.sockets import CLIP, VAE, ModelPatcher
-from ..host.text import encode_all, rows
+from ..host.text import encode_all, fingerprint_of, rows
 from ..training import preview
 from ..training.dataset import Lessons, Photo, cache, squares, weighted_mean, working_side
 from ..training.draws import Batch
@@ -31,7 +31,6 @@ from .file import save
 from .templates import BY_KIND, OBJECT, fill, sentence_of
 from .word import spread, with_norm
 
-LARGEST_SIDE = 512
 log = logging.getLogger("concepts")
 
 
@@ -125,6 +124,10 @@ class WordMethod:
                                 self.recipe.snr_cap)
         return weighted_mean(error, None if self.weights is None else self.weights[batch.photos, batch.views])
 
+    def identity(self) -> str:
+        """What decides what is learned beside recipe, lessons and weights; states of trainings go by it."""
+        return self.architecture
+
     def after_step(self) -> None:
         for encoder, leaf in self.leaves.items():
             leaf.data = with_norm(leaf.data, self.norms[encoder], self.recipe.norm_pull)
@@ -198,14 +201,14 @@ def learn_word(
     """
     base = base_name(model)
     check_pair(model, clip)
-    side = working_side(photos, recipe.resolution, LARGEST_SIDE)
+    side = working_side(photos, recipe.resolution, native_side(model))
     views = squares(photos, side, recipe.crops, recipe.mirror, recipe.seed)
     lessons = cache(lambda pictures: model.model.process_latent_in(vae_encode(vae, pictures)), views, len(photos),
                     recipe.mask_floor)
     with private_copies(model, clip, recompute) as (unet, text):
         lessons = _on(lessons, unet.load_device)
         method = method_of(unet, text, recipe, lessons)
-        states = keeping and _states(keeping, recipe, lessons, fingerprint(unet, text.patcher))
+        states = keeping and _states(keeping, method, lessons, fingerprint(unet, text.patcher) + fingerprint_of(clip))
         watcher = Watcher(method, vae, lessons.latents.shape[2:], view)
         watcher.sample(f"step 0: {recipe.init_text}")
         plan = Plan(recipe.steps, recipe.batch_size, recipe.seed, timestep_count(unet.model), recipe.accumulation,
@@ -232,12 +235,13 @@ def _on(lessons: Lessons, device: torch.device) -> Lessons:
     return Lessons(lessons.latents.to(device).clone(), weights, lessons.captions)
 
 
-def _states(keeping: Keeping, recipe: Recipe, lessons: Lessons, weights: str) -> States:
-    """The states of exactly this training: same recipe, photos, masks, captions and weights."""
-    digest = hashlib.sha256(f"{weights} {json.dumps(asdict(recipe), sort_keys=True)} {lessons.captions}".encode())
+def _states(keeping: Keeping, method: WordMethod, lessons: Lessons, models: str) -> States:
+    """The states of exactly this training: same method, recipe, photos, masks, captions, weights and clip-skip."""
+    recipe = json.dumps(asdict(method.recipe), sort_keys=True)
+    digest = hashlib.sha256(f"{models} {method.identity()} {recipe} {lessons.captions}".encode())
     for tensor in (lessons.latents, lessons.weights):
         digest.update(b"none" if tensor is None else tensor.cpu().numpy().tobytes())
-    name = recipe.placeholder.strip("<>")
+    name = method.recipe.placeholder.strip("<>")
     states = States(states_folder(), f"{name}-{digest.hexdigest()[:16]}", keeping.every, keeping.keep)
     if not keeping.resume:
         states.clear()

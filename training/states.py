@@ -1,4 +1,4 @@
-"""States of a running training on disk, from which an interrupted one goes on bit for bit."""
+"""States of a running training on disk, from which an interrupted one goes on, bit for bit on a processor."""
 
 import json
 import logging
@@ -43,7 +43,8 @@ class States:
             try:
                 metadata, tensors = read_safetensors(path)
                 losses = json.loads(metadata["losses"])
-                _put(optimiser, tensors)
+                # of their own: those of the file stay mapped, and Windows does not let go of a mapped file
+                _put(optimiser, {name: tensor.clone() for name, tensor in tensors.items()})
             except (KeyError, ValueError) as error:
                 log.warning("%s cannot be resumed from: %s", path, error)
             else:
@@ -51,9 +52,12 @@ class States:
         return []
 
     def clear(self) -> None:
-        """Removes the states of a training that is done."""
+        """Removes the states of a training that is done; one that the disk holds on to is only left over."""
         for path in self._paths():
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("A state of a training that is done is left over: %s", error)
 
     def _paths(self) -> list[Path]:
         """The states there are, newest first."""

@@ -8,10 +8,11 @@ import comfy.supported_models
 import folder_paths
 import pytest
 import torch
-from concepts_pack.host.bases import base_name
+from concepts_pack.host.bases import base_name, native_side
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.objective import denoising_error
 from concepts_pack.host.text import encode
+from concepts_pack.textual_inversion import train as word_training
 from concepts_pack.textual_inversion.apply import apply_words
 from concepts_pack.textual_inversion.file import load, save
 from concepts_pack.textual_inversion.train import Preview, Recipe, WordMethod, learn_word
@@ -78,6 +79,29 @@ def test_sdxl_hears_of_the_pooled_text_and_of_the_picture_size(other_base):
     sizes = [unet.extra_conds(cross_attn=context, pooled_output=pooled, noise=noise, device=noise.device, width=w,
                               height=64)["y"].cond for w in (64, 128)]
     assert not torch.equal(*sizes)
+
+
+@pytest.mark.parametrize(("family", "kind", "side"), [
+    ("SD15", "EPS", 512), ("SD15", "V_PREDICTION", 512), ("SD20", "EPS", 512), ("SD20", "V_PREDICTION", 768),
+    ("SDXL", "EPS", 1024), ("SDXL", "V_PREDICTION", 1024), ("SSD1B", "EPS", 1024),
+])  # fmt: skip
+def test_the_side_that_a_checkpoint_was_made_for(family, kind, side):
+    model = patcher(family, in_channels=4)
+    model.model.model_type = comfy.model_base.ModelType[kind]
+    assert native_side(model) == side
+
+
+@pytest.mark.parametrize("other_base", ["SDXL"], indirect=True)
+def test_large_photos_are_cut_to_that_side(other_base, vae, monkeypatch):
+    """Which is all that is run here: a step at that size takes minutes on a processor."""
+    _, model, clip = other_base
+
+    def cut(photos, side, *_):
+        raise InterruptedError(side)
+
+    monkeypatch.setattr(word_training, "squares", cut)
+    with pytest.raises(InterruptedError, match="1024"):
+        learn_word(model, clip, vae, gather([torch.rand(1, 1040, 1100, 3)]), RECIPE, Preview())
 
 
 def patcher(family, **unet):

@@ -1,8 +1,11 @@
 """Concepts tuned on toys: where they start, what they learn, and that they are used as they were learned."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 
+import comfy.model_management
+import comfy.utils
 import folder_paths
 import pytest
 import torch
@@ -21,7 +24,7 @@ from concepts_pack.host.objective import denoising_error
 from concepts_pack.host.text import encode
 from concepts_pack.host.weight_offsets import matrix_shapes
 from concepts_pack.perfusion.file import to_bytes
-from concepts_pack.textual_inversion.train import Preview, learn_word
+from concepts_pack.textual_inversion.train import Keeping, Preview, learn_word
 from concepts_pack.training.dataset import Lessons, gather
 from concepts_pack.training.draws import draw
 
@@ -35,6 +38,9 @@ QUIET = Preview(every=0, steps=1)
 @pytest.fixture(autouse=True)
 def output(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    yield tmp_path
+    comfy.utils.set_progress_bar_global_hook(None)
+    comfy.model_management.interrupt_current_processing(False)
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +63,15 @@ def photos():
     return gather([torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(4))])
 
 
-def edited(domain, photos, model, clip, vae, steps, **changes):
+def edited(domain, photos, model, clip, vae, steps, keeping=None, **changes):
     method = partial(TunedEdit, domain, photos, METRIC, "toy")
     recipe = tuning_recipe(domain, clip, "<mine>", steps, 5, own_masks=False, **changes)
-    return learn_word(model, clip, vae, photos, recipe, QUIET, method_of=method).concept
+    return learn_word(model, clip, vae, photos, recipe, QUIET, keeping, method_of=method).concept
 
 
-def whole(domain, photos, model, clip, vae, steps, **changes):
+def whole(domain, photos, model, clip, vae, steps, keeping=None, **changes):
     method = partial(TunedWhole, domain, photos)
-    return learn_word(model, clip, vae, photos, whole_recipe(domain, "<mine>", steps, 5, **changes), QUIET,
+    return learn_word(model, clip, vae, photos, whole_recipe(domain, "<mine>", steps, 5, **changes), QUIET, keeping,
                       method_of=method).concept
 
 
@@ -140,6 +146,25 @@ def test_the_whole_is_used_as_it_was_learned(domain, photos, model, clip, vae):
         expected = denoising_error(unet.model, batch.latents, batch.noise, batch.timesteps,
                                    encode(text, "a <mine>")[0], None).mean()
     torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tune", [edited, whole])
+def test_a_stopped_tuning_is_not_resumed_with_another_domain(domain, photos, model, clip, vae, output, tune):
+    """Such as one of the same class word that was pretrained once more under the same name."""
+    other = replace(domain, encoder=copy.deepcopy(domain.encoder))
+    next(iter(other.encoder.words.values())).weight.data *= -1
+    states = output / "concepts" / "states"
+    comfy.utils.set_progress_bar_global_hook(
+        lambda value, total, *_, **__: comfy.model_management.interrupt_current_processing(total == 3 and value == 1))
+    tune(domain, photos, model, clip, vae, 3, keeping=Keeping(every=1))
+    stopped = sorted(path.name for path in states.iterdir())
+    comfy.utils.set_progress_bar_global_hook(None)
+    comfy.model_management.interrupt_current_processing(False)
+    fresh, again = (tune(other, photos, model, clip, vae, 3, keeping=keeping) for keeping in (None, Keeping(every=1)))
+    assert torch.equal(again.words[0].vectors["clip_l"], fresh.words[0].vectors["clip_l"])
+    assert sorted(path.name for path in states.iterdir()) == stopped != []
+    tune(domain, photos, model, clip, vae, 3, keeping=Keeping(every=1))
+    assert not list(states.iterdir())
 
 
 def test_strength_zero_is_the_model_itself(domain, photos, model, clip, vae):

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from pathlib import Path
 
 import comfy.sd1_clip
 import pytest
@@ -203,6 +204,21 @@ def test_bundling_keeps_the_lora_and_adds_the_word(tmp_path, encoders):
     assert json.loads(comfy.utils.safetensors_header(str(path)))["__metadata__"] == {"ss_network_dim": "2"}
     with pytest.raises(ValueError, match="both.safetensors already holds a word called 'mine'"):
         bundle(concept(), path, tmp_path, "again")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which files are mapped")
+def test_a_lora_can_be_replaced_by_its_bundle(tmp_path, monkeypatch):
+    """Windows refuses to replace a file while a tensor is mapped from it."""
+    save_file({"x.lora_up.weight": torch.ones(400, 4)}, tmp_path / "lora.safetensors")
+    mapped, replace = [], os.replace
+
+    def watched(source, target):
+        mapped.append(str(target) in Path("/proc/self/maps").read_text())
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    path = bundle(concept(), tmp_path / "lora.safetensors", tmp_path, "lora", overwrite=True)
+    assert mapped == [False] and len(load(path).words) == 1
 
 
 def test_two_encoders_do_not_fit_a_pickle():

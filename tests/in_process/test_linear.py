@@ -64,5 +64,5 @@ def test_loras_on_the_text_encoder_do_not_count(clip, concept):
 
 def test_another_text_encoder_is_refused(clip, concept):
     wide = Edit(torch.ones(WIDTH + 16), torch.ones(WIDTH + 16), {"layer": torch.ones(4)})
-    with pytest.raises(ValueError, match=f"<mine> was learned with .* gives {WIDTH + 16} numbers .* gives {WIDTH}:"):
+    with pytest.raises(ValueError, match=f"<mine> was learned on .* gives {WIDTH + 16} numbers .* gives {WIDTH}:"):
         linear_dual(clip, Concept(concept.words, wide, concept.metadata))

@@ -154,6 +154,20 @@ def test_weights_stored_in_few_bits(stored, computed):
     clean(few)
 
 
+def test_the_host_loads_as_much_of_the_model_as_it_likes(model, monkeypatch):
+    """Two vectors go through layers that cast their own weights, so nothing else need leave the card for it."""
+    asked, load = [], comfy.model_management.load_models_gpu
+
+    def watched(models, *args, **settings):
+        asked.append((models, args, settings))
+        return load(models, *args, **settings)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", watched)
+    made = made_for(model)
+    to_lora(model, made, made.edit.dual_under(precision_of(WIDTH)))
+    assert asked == [([model], (), {})]
+
+
 def test_strength_scales_the_change_and_nothing_else(model):
     made, precision = made_for(model), precision_of(WIDTH)
     dual = made.edit.dual_under(precision)

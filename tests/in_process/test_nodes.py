@@ -225,6 +225,16 @@ def test_what_cannot_be_trained_is_said_in_one_sentence(training, widget, value,
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", [name for name, node in NODES.items() if "fingerprint_inputs" in vars(node)])
+def test_a_node_whose_inputs_are_all_linked_has_a_fingerprint(name):
+    """The host then gives None for each, and lists with it to nodes that take lists."""
+    described = NODES[name].GET_SCHEMA()
+    given = {i.id: (None,) if described.is_input_list else None for i in described.inputs
+             if not isinstance(i, io.DynamicCombo.Input)}  # which cannot be linked
+    first, again = (NODES[name].fingerprint_inputs(**given) for _ in range(2))
+    assert first == again
+
+
 def test_photos_of_the_sample_world():
     name = NODES["ConceptsMicroworldPhotos"].GET_SCHEMA().inputs[0].options[0]
     first = run("ConceptsMicroworldPhotos", concept=name, count=2, seed=1).result

@@ -10,6 +10,7 @@ import torch
 from concepts_pack.host.cross_attention import cross_attentions, overridden, sizes, with_edits
 from concepts_pack.perfusion.apply import applied, overrides
 from concepts_pack.perfusion.concept import Edit
+from concepts_pack.perfusion.inspection import gates
 from concepts_pack.perfusion.use import apply_concept, concept_hook
 from concepts_pack.textual_inversion.concept import Concept, Word
 
@@ -420,6 +421,20 @@ def test_other_bases(family):
     extra = {"pooled_output": torch.zeros(1, 48)} if family == "SDXL" else {}
     results = [sample(m, cond(context, **extra), cond(context * 0.1, **extra)) for m in (base, one)]
     assert not torch.equal(*results) and torch.isfinite(results[1]).all()
+
+
+@pytest.mark.parametrize("other_base", ["SDXL"], indirect=True)
+@pytest.mark.parametrize("use", [
+    apply_concept, concept_hook, lambda _, clip, concept, strength: gates(clip, concept, "a <mine>"),
+], ids=["apply", "hook", "inspect"])
+def test_a_text_encoder_of_another_base_is_one_sentence(model, clip, edit, other_base, use):
+    """The encoder that the two bases share has vectors of one size in both."""
+    _, large, both = other_base
+    width = next(iter(sizes(large).values()))[0]
+    for base, wrong, one in ((model, both, edit), (large, clip, edit_of(large, torch.ones(width)))):
+        concept = Concept((Word("<mine>", "cat", {"clip_l": torch.ones(1, WIDTH)}),), one, BASE)
+        with pytest.raises(ValueError, match=r"<mine> was learned on SD15 with .*: connect the CLIP of that base\.$"):
+            use(base, wrong, concept, 1.0)
 
 
 @pytest.fixture

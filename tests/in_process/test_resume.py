@@ -71,6 +71,17 @@ def test_other_settings_photos_or_weights_do_not_resume(model, clip, vae, photos
     assert learn_word(lora, clip, vae, gather([photos]), recipe(), QUIET, KEEPING).losses == fresh.losses
 
 
+def test_another_clip_skip_does_not_resume(model, clip, vae, photos, states):
+    cancel_at(3)
+    learn_word(model, clip, vae, gather([photos]), recipe(), QUIET, KEEPING)
+    comfy.utils.set_progress_bar_global_hook(None)
+    skipped, kept = clip.clone(), sorted(states.iterdir())
+    skipped.clip_layer(-2)
+    fresh, again = (learn_word(model, skipped, vae, gather([photos]), recipe(), QUIET, keeping)
+                    for keeping in (None, KEEPING))
+    assert to_bytes(again.concept) == to_bytes(fresh.concept) and sorted(states.iterdir()) == kept
+
+
 def test_resume_can_be_turned_off(model, clip, vae, photos, states):
     cancel_at(3)
     part = learn_word(model, clip, vae, gather([photos]), recipe(), QUIET, KEEPING)
@@ -99,6 +110,25 @@ def test_a_state_of_another_shape_is_passed_over(tmp_path):
     states.save([1.0], torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))]))
     weight = torch.nn.Parameter(torch.ones(2))
     assert states.restore(torch.optim.AdamW([weight])) == [] and weight.tolist() == [1, 1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which files are mapped")
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_nothing_holds_on_to_a_state_that_was_resumed_from(tmp_path, optimiser):
+    """Windows refuses to delete a file while a tensor is mapped from it."""
+    states, weight = States(tmp_path, "run", every=1), torch.nn.Parameter(torch.zeros(3000))
+    stepped, resumed = (OPTIMISERS[optimiser]([{"params": [weight], "lr": 0.1}]) for _ in range(2))
+    weight.grad = torch.ones(3000)
+    stepped.step()
+    states.save([1.0], stepped)
+    assert states.restore(resumed) == [1.0]
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_state_that_cannot_be_removed_is_left_over(tmp_path, caplog):
+    (tmp_path / "run-step0000001.safetensors").mkdir()  # nothing that could be unlinked
+    States(tmp_path, "run", every=1).clear()
+    assert "left over" in caplog.text
 
 
 def test_a_full_disk_costs_only_the_state(model, clip, vae, photos, states):

@@ -11,9 +11,11 @@ from concepts_pack.host.copies import private_copies
 from concepts_pack.host.cross_attention import cross_attentions, sizes
 from concepts_pack.host.text import encode
 from concepts_pack.nodes.train_perfusion import ConceptsTrainPerfusion
+from concepts_pack.perfusion import masks
 from concepts_pack.perfusion.covariance import precision
 from concepts_pack.perfusion.edit import similarity
 from concepts_pack.perfusion.file import from_bytes, to_bytes
+from concepts_pack.perfusion.masks import zero_shot
 from concepts_pack.perfusion.train import EditMethod, EditRecipe
 from concepts_pack.textual_inversion.train import Keeping, Preview, learn_word
 from concepts_pack.training.dataset import Lessons, gather
@@ -167,6 +169,24 @@ def test_own_masks_are_weights_in_range(method_of):
     weights = make(own_masks=True, mask_floor=0.2).weights
     assert weights.shape == (2, 1, 1, 8, 8)
     assert torch.allclose(weights.amax((2, 3, 4)), torch.ones(2, 1)) and float(weights.min()) >= 0.2 - 1e-6
+
+
+def test_own_masks_of_many_pictures_are_made_a_few_at_a_time(method_of, monkeypatch):
+    """And are what they would be in one go, whatever memory that takes."""
+    make, _ = method_of
+    method, seen = make(own_masks=False), []
+    latents = torch.randn(9, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        context, pooled = encode(method.clip, "a photo of a cat")
+
+    def found():
+        return zero_shot(method.model, latents, context, pooled, [5], 3)
+
+    with method.model.diffusion_model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0]))):
+        few = found()
+    assert max(seen) == 4 and sum(seen) == 9 * len(masks.NOISE)
+    monkeypatch.setattr(masks, "AT_ONCE", 9)
+    torch.testing.assert_close(few, found(), rtol=1e-5, atol=1e-5)
 
 
 def test_same_seed_same_file(model, clip, vae, photos):
