@@ -6,7 +6,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
-#include <ATen/native/CPUFallback.h>
 #include <ATen/native/Resize.h>
 #include <ATen/native/TensorFactories.h>
 #include <ATen/ops/_fused_sdp_choice_native.h>
@@ -14,11 +13,13 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <set>
@@ -191,7 +192,7 @@ void record_stream(at::Tensor&, c10::Stream) {}
 const std::set<std::string> indexing = {"aten::index", "aten::index_put_", "aten::_index_put_impl_",
                                         "aten::_unsafe_index"};
 
-void processor(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+void check_devices(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
   bool foreign = false, own = false;
   auto look = [&](const at::Tensor& tensor) {
     if (!tensor.defined()) return;
@@ -199,7 +200,7 @@ void processor(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     foreign |= tensor.device().is_cpu() && tensor.dim() > 0;
   };
   const auto& name = op.schema().name();
-  for (const auto& value : torch::jit::last(*stack, op.schema().arguments().size())) {
+  for (const auto& value : torch::jit::last(stack, op.schema().arguments().size())) {
     if (value.isTensor()) look(value.toTensor());
     if (value.isTensorList()) for (const at::Tensor& tensor : value.toTensorVector()) look(tensor);
     if (value.isGenerator())
@@ -208,7 +209,60 @@ void processor(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   TORCH_CHECK(!(own && foreign) || indexing.count(name), name,
               ": Expected all tensors to be on the same device, but found at least two devices, npu:0 and cpu!");
-  at::native::cpu_fallback(op, stack);
+}
+
+at::Tensor lent(const at::Tensor& tensor) {
+  if (!tensor.defined() || tensor.device() != card) return tensor;
+  return tensor.storage().nbytes() ? on_processor(tensor) : at::empty(tensor.sizes(), tensor.options().device(c10::kCPU));
+}
+
+// What an operation wrote into is given back as it came in; the processor may have made it larger.
+at::Tensor written(const at::Tensor& original, const at::Tensor& result) {
+  if (original.sizes() != result.sizes()) {
+    original.resize_(result.sizes());
+    on_processor(original).copy_(result);
+  }
+  return original;
+}
+
+// Carries an operation out on the processor, over the same memory.
+void processor(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  check_devices(op, *stack);
+  const auto& arguments = op.schema().arguments();
+  const auto first = stack->size() - arguments.size();
+  std::vector<c10::IValue> originals(stack->begin() + first, stack->end());
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    auto& value = (*stack)[first + i];
+    if (value.isTensor()) value = lent(value.toTensor());
+    else if (value.isDevice()) value = c10::Device(c10::kCPU);
+    else if (value.isTensorList()) {
+      c10::List<at::Tensor> list;
+      for (const at::Tensor& tensor : originals[i].toTensorVector()) list.push_back(lent(tensor));
+      value = list;
+    } else if (value.isOptionalTensorList()) {
+      c10::List<std::optional<at::Tensor>> list;
+      for (const std::optional<at::Tensor>& tensor : originals[i].toOptionalTensorVector())
+        list.push_back(tensor ? std::optional<at::Tensor>(lent(*tensor)) : std::nullopt);
+      value = list;
+    }
+  }
+  op.callBoxed(stack);
+  const auto& returns = op.schema().returns();
+  for (size_t i = 0; i < returns.size(); ++i) {
+    auto& value = (*stack)[stack->size() - returns.size() + i];
+    if (value.isTensor() && value.toTensor().defined()) {
+      size_t source = arguments.size();
+      if (returns[i].alias_info() && returns[i].alias_info()->isWrite())
+        for (size_t k = 0; k < arguments.size(); ++k)
+          if (arguments[k].alias_info() && *arguments[k].alias_info() == *returns[i].alias_info()) source = k;
+      value = source < arguments.size() ? written(originals[source].toTensor(), value.toTensor())
+                                        : value.toTensor().to(card);
+    } else if (value.isTensorList()) {
+      c10::List<at::Tensor> list;
+      for (const at::Tensor& tensor : value.toTensorVector()) list.push_back(tensor.to(card));
+      value = list;
+    }
+  }
 }
 
 }  // namespace
