@@ -40,11 +40,11 @@ def private_copies(
         encoder, of_encoder = _private(clip.patcher, "CLIP")
         text = clip.clone()
         text.patcher, text.cond_stage_model = encoder, encoder.model
-        settle(unet, encoder)  # together, as loading one may push out the other
-        _convert(unet.model, unet.model.get_dtype_inference(), recompute)
-        _convert(encoder.model, torch.float32)  # in which the host lets text encoders compute
-        del of_unet, of_encoder  # which the host has down as loaded and would have reported as leaked before
         try:
+            settle(unet, encoder)  # together, as loading one may push out the other
+            _convert(unet.model, unet.model.get_dtype_inference(), recompute)
+            _convert(encoder.model, torch.float32)  # in which the host lets text encoders compute
+            del of_unet, of_encoder  # which the host has down as loaded and would have reported as leaked before
             comfy.model_management.in_training = True
             yield unet, text
         finally:
