@@ -35,6 +35,7 @@ from ..textual_inversion.train import Preview, Recipe, learn_word
 from ..training.dataset import gather
 from .microworld import interval
 from .sampling import draw, load_checkpoint
+from .source import code
 from .textual_inversion import SCENES, judge
 from .timing import keep
 
@@ -116,7 +117,7 @@ def settings(label: str, file: Path, cfg: float, bias: float) -> str:
     uses = b"" if "without" in label or not label.startswith("E4T") else file.read_bytes()
     paces = [train_textual_inversion.PRESETS["balanced"], train_perfusion.PRESETS["balanced"],
              tune.LEVELS, tune.SHARE, tune.WORD_RATE, tune.VALUE_RATE]
-    return hashlib.sha256(f"{label} {paces} {cfg} {bias} {SCENES}".encode() + uses).hexdigest()[:12]
+    return hashlib.sha256(f"{label} {paces} {cfg} {bias} {SCENES} {code()}".encode() + uses).hexdigest()[:12]
 
 
 def summary(rows: Iterable[tuple]) -> dict[str, dict]:

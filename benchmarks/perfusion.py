@@ -45,6 +45,7 @@ from ..training.dataset import gather
 from . import textual_inversion
 from .microworld import interval
 from .sampling import draw, load_checkpoint
+from .source import code
 from .textual_inversion import HERE, PHOTOS_SEED, REAL_SEED, SCENES, judge
 
 BIASES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
@@ -110,7 +111,7 @@ def word_pictures(base, word: Concept, seed: int, cfg: float, strength: float) -
 
 
 def stem(name: str, seed: int, label: str, settings: object) -> str:
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    digest = hashlib.sha256(f"{json.dumps(settings)} {code()}".encode()).hexdigest()
     return f"{name}_{seed}_{label}_{digest[:8]}".replace(" ", "-")
 
 
