@@ -17,8 +17,8 @@ class ConceptsLoadPhotos(io.ComfyNode):
             display_name="Load Concept Photos",
             category="concepts/train",
             description=(
-                "Loads the photos of a folder with their masks and captions, for training. Change anything in the "
-                "folder and the next queue trains anew; change nothing and it does not."
+                "Loads the photos of a folder with their masks and captions, for training. Change one of "
+                "them and the next queue trains anew; change none and it does not."
             ),
             search_aliases=["dataset", "load folder", "training images", "captions", "kohya"],
             inputs=[
