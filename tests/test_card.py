@@ -46,11 +46,6 @@ def half(tmp_path_factory):
     yield from card(tmp_path_factory)
 
 
-@pytest.fixture(params=["single", "half"])
-def client(request):
-    return request.getfixturevalue(request.param)
-
-
 def drawn(client, prompt):
     """What the prompt saves, with two steps wherever something is drawn."""
     for node in prompt.values():
@@ -70,8 +65,8 @@ def test_half_precision_trains(half):
     assert drawn(half, example(half.object_info(), "perfusion_train"))
 
 
-def test_a_domain_is_pretrained_and_a_model_tuned(client):
-    prompt = example(client.object_info(), "e4t_one_picture")
+def test_a_domain_is_pretrained_and_a_model_tuned(single):
+    prompt = example(single.object_info(), "e4t_one_picture")
     place = next(key for key, node in prompt.items() if node["class_type"] == "ConceptsLoadDomain")
     models = {name: the(prompt, "ConceptsTuneE4T")[name] for name in ("model", "clip", "vae")}
     prompt[place] = {"class_type": "ConceptsPretrainE4T", "inputs": {
@@ -79,10 +74,12 @@ def test_a_domain_is_pretrained_and_a_model_tuned(client):
         "rate": 0.001, "regulariser": 0.001, "resolution": 128, "mirror": False,
     }}
     the(prompt, "ConceptsTuneE4T")["result"] = "tuned model"
-    assert drawn(client, prompt)
+    assert drawn(single, prompt)
 
 
-def test_a_concept_is_inspected_exported_hooked_and_locked(client):
+@pytest.mark.parametrize("precision", ["single", "half"])
+def test_a_concept_is_inspected_exported_hooked_and_locked(request, precision):
+    client = request.getfixturevalue(precision)
     prompt = example(client.object_info(), "perfusion_inline")
     given = {name: the(prompt, "ConceptsApply")[name] for name in ("model", "clip", "concept")}
     text = dict(the(prompt, "CLIPTextEncode"))
