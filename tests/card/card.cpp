@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <ATen/native/CPUFallback.h>
 #include <ATen/native/Resize.h>
 #include <ATen/native/TensorFactories.h>
 #include <ATen/ops/_fused_sdp_choice_native.h>
@@ -13,13 +14,11 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <set>
@@ -211,58 +210,9 @@ void check_devices(const c10::OperatorHandle& op, const torch::jit::Stack& stack
               ": Expected all tensors to be on the same device, but found at least two devices, npu:0 and cpu!");
 }
 
-at::Tensor lent(const at::Tensor& tensor) {
-  if (!tensor.defined() || tensor.device() != card) return tensor;
-  return tensor.storage().nbytes() ? on_processor(tensor) : at::empty(tensor.sizes(), tensor.options().device(c10::kCPU));
-}
-
-// What an operation wrote into is given back as it came in; the processor may have made it larger.
-at::Tensor written(const at::Tensor& original, const at::Tensor& result) {
-  if (original.sizes() != result.sizes()) {
-    original.resize_(result.sizes());
-    on_processor(original).copy_(result);
-  }
-  return original;
-}
-
-// Carries an operation out on the processor, over the same memory.
 void processor(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   check_devices(op, *stack);
-  const auto& arguments = op.schema().arguments();
-  const auto first = stack->size() - arguments.size();
-  std::vector<c10::IValue> originals(stack->begin() + first, stack->end());
-  for (size_t i = 0; i < arguments.size(); ++i) {
-    auto& value = (*stack)[first + i];
-    if (value.isTensor()) value = lent(value.toTensor());
-    else if (value.isDevice()) value = c10::Device(c10::kCPU);
-    else if (value.isTensorList()) {
-      c10::List<at::Tensor> list;
-      for (const at::Tensor& tensor : originals[i].toTensorVector()) list.push_back(lent(tensor));
-      value = list;
-    } else if (value.isOptionalTensorList()) {
-      c10::List<std::optional<at::Tensor>> list;
-      for (const std::optional<at::Tensor>& tensor : originals[i].toOptionalTensorVector())
-        list.push_back(tensor ? std::optional<at::Tensor>(lent(*tensor)) : std::nullopt);
-      value = list;
-    }
-  }
-  op.callBoxed(stack);
-  const auto& returns = op.schema().returns();
-  for (size_t i = 0; i < returns.size(); ++i) {
-    auto& value = (*stack)[stack->size() - returns.size() + i];
-    if (value.isTensor() && value.toTensor().defined()) {
-      size_t source = arguments.size();
-      if (returns[i].alias_info() && returns[i].alias_info()->isWrite())
-        for (size_t k = 0; k < arguments.size(); ++k)
-          if (arguments[k].alias_info() && *arguments[k].alias_info() == *returns[i].alias_info()) source = k;
-      value = source < arguments.size() ? written(originals[source].toTensor(), value.toTensor())
-                                        : value.toTensor().to(card);
-    } else if (value.isTensorList()) {
-      c10::List<at::Tensor> list;
-      for (const at::Tensor& tensor : value.toTensorVector()) list.push_back(tensor.to(card));
-      value = list;
-    }
-  }
+  at::native::cpu_fallback(op, stack);
 }
 
 }  // namespace
