@@ -17,11 +17,14 @@ from .test_server import ROOT, WORKFLOWS, example, the
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the card is compiled by g++")
 
 
-def card(tmp_path_factory, *options):
-    """A client of a real server that finds the card."""
+def card(tmp_path_factory, server, *options):
+    """A client of a real server that finds the card; what the pack measured in the other server is known here too."""
     dev, folder = script("dev.py"), tmp_path_factory.mktemp("card")
     host = dev.Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable))
-    (folder / "input" / "things").mkdir(parents=True)
+    known = server[1] / "user" / "concepts"
+    for needed in (folder / "input" / "things", folder / "user", known):
+        needed.mkdir(parents=True, exist_ok=True)
+    (folder / "user" / "concepts").symlink_to(known)
     for number, photo in enumerate(concept_photos("test cat", 2, 0)[0]):
         Image.fromarray((photo * 255).astype("uint8")).save(folder / "input" / "things" / f"{number}.png")
     before = signal.signal(signal.SIGTERM, interrupt)
@@ -35,15 +38,15 @@ def card(tmp_path_factory, *options):
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
+def single(tmp_path_factory, server):
     """In single precision, with which the text encoder stays on the processor."""
-    yield from card(tmp_path_factory, "--force-fp32")
+    yield from card(tmp_path_factory, server, "--force-fp32")
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory):
+def half(tmp_path_factory, server):
     """In half precision, with everything on the card."""
-    yield from card(tmp_path_factory)
+    yield from card(tmp_path_factory, server)
 
 
 def drawn(client, prompt):
