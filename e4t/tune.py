@@ -66,7 +66,7 @@ class TunedEdit(EditMethod):
     def __init__(self, domain: Domain, photos: Sequence[Photo], precision: Tensor, encoder: str, unet: ModelPatcher,
                  clip: CLIP, recipe: EditRecipe, lessons: Lessons, vision: Vision | None = None) -> None:
         super().__init__(precision, encoder, unet, clip, recipe, lessons)
-        self.domain = digest(domain)
+        self.started_from = digest(domain)
         self.start = self._predicted(domain, photos, clip, lessons, vision)
         with torch.no_grad():
             for name, vectors in self.start.words.items():
@@ -77,9 +77,6 @@ class TunedEdit(EditMethod):
             texts = [fill(sentence, recipe.placeholder) for sentence in recipe.sentences]
             met = [encode(self.clip, text)[0][0, self._place(text)] for text in texts]
             self.target_input.copy_(torch.stack(met).float().mean(0))
-
-    def identity(self) -> str:
-        return f"{super().identity()} {self.domain}"
 
     def _predicted(self, domain: Domain, photos: Sequence[Photo], clip: CLIP, lessons: Lessons,
                    vision: Vision | None) -> Start:

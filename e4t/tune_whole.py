@@ -45,7 +45,7 @@ class TunedWhole(WordMethod):
                  lessons: Lessons, vision: Vision | None = None) -> None:
         super().__init__(unet, clip, recipe, lessons)
         self.device, self.latents = unet.load_device, lessons.latents[:, 0]
-        self.domain = digest(domain)
+        self.started_from = digest(domain)
         self.encoder = copy.deepcopy(domain.encoder).to(self.device).requires_grad_()
         shown = squares(photos, lessons.latents.shape[-1] * 8)
         self.seen = domain.encoder.seen(torch.stack([photo.picture for photo in shown]), vision).to(self.device)
@@ -70,9 +70,6 @@ class TunedWhole(WordMethod):
         rate = self.recipe.learning_rate
         return [{"params": list(self.encoder.parameters()), "lr": self.encoder.tuning_rate * rate},
                 {"params": factors, "lr": rate}]
-
-    def identity(self) -> str:
-        return f"{super().identity()} {self.domain}"
 
     def loss(self, batch: Batch) -> Tensor:
         """The error (b) under words that the encoder predicts from each sample's own noised latent."""

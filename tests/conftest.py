@@ -1,9 +1,11 @@
 """Puts the real ComfyUI on the path and loads the pack the way ComfyUI does, as `concepts_pack`."""
 
 import importlib.util
+import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,14 @@ def models(server):
     for kind in ("embeddings", "loras"):
         (server[1] / "models" / kind).mkdir(parents=True, exist_ok=True)
     return server[1] / "models"
+
+
+def outcome(client, prompt_id, seconds=300):
+    """Wait for a prompt to end, and return what the server tells of it by kind of message."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        history = json.loads(client.get(f"/history/{prompt_id}"))
+        if prompt_id in history:
+            return dict(history[prompt_id]["status"]["messages"])
+        time.sleep(0.1)
+    raise TimeoutError(f"The prompt did not end within {seconds} s.")

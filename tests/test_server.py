@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from concepts_pack.microworld.client import ComfyError, choose, to_prompt
 from PIL import Image
 from safetensors.torch import save_file
 
+from .conftest import outcome
 from .in_process import test_e4t_import as toy_release
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,20 +176,9 @@ def test_nodes_whose_names_are_linked_are_reused(client, server, models):
             f"{kind} shown": {"class_type": "PreviewAny", "inputs": {"source": [kind, output]}},
         }  # fmt: skip
     first, again = (client.post("/prompt", {"prompt": prompt, "client_id": client.id}) for _ in range(2))
-    told = history(client, json.loads(again)["prompt_id"])
-    assert history(client, json.loads(first)["prompt_id"])["execution_success"] and told["execution_success"]
+    told = outcome(client, json.loads(again)["prompt_id"])
+    assert outcome(client, json.loads(first)["prompt_id"])["execution_success"] and told["execution_success"]
     assert set(told["execution_cached"]["nodes"]) >= {name for name in prompt if " " not in name}
-
-
-def history(client, prompt_id, seconds=300):
-    """Wait for a prompt to end, and return what the server tells of it by kind of message."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found = json.loads(client.get(f"/history/{prompt_id}"))
-        if prompt_id in found:
-            return dict(found[prompt_id]["status"]["messages"])
-        time.sleep(0.1)
-    raise TimeoutError(f"The prompt did not end within {seconds} s.")
 
 
 def test_a_release_is_imported_and_met_by_a_model_of_another_base(client, server, info):

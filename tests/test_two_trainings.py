@@ -2,12 +2,13 @@
 
 import copy
 import json
-import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from concepts_pack.microworld.client import Client, choose, to_prompt
+
+from .conftest import outcome
 
 WORKFLOW = Path(__file__).resolve().parents[1] / "example_workflows" / "textual_inversion.json"
 TRAIN, SAVE = "ConceptsTrainTextualInversion", "ConceptsSave"
@@ -38,17 +39,6 @@ def queue(client, example, name, **changes):
     return json.loads(client.post("/prompt", {"prompt": prompt, "client_id": client.id}))["prompt_id"]
 
 
-def result(client, prompt_id, seconds=300):
-    """Wait for a prompt to end, and return what the server tells of it by kind of message."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        history = json.loads(client.get(f"/history/{prompt_id}"))
-        if prompt_id in history:
-            return dict(history[prompt_id]["status"]["messages"])
-        time.sleep(0.1)
-    raise TimeoutError(f"The prompt did not end within {seconds} s.")
-
-
 def test_trainings_queued_at_once_run_one_after_the_other(server, example):
     """The third is the first again, and is learned anew: the server only keeps what the last prompt made."""
     anna, ben = Client(server[0]), Client(server[0])
@@ -57,7 +47,7 @@ def test_trainings_queued_at_once_run_one_after_the_other(server, example):
            queue(anna, example, "again", placeholder="<first>", seed=1)]
     waiting = [item[1] for item in json.loads(ben.get("/queue"))["queue_pending"]]
     assert ids[1] in waiting
-    told = [result(anna, prompt_id) for prompt_id in ids]
+    told = [outcome(anna, prompt_id) for prompt_id in ids]
     for before, after in pairwise(told):
         assert before["execution_success"]["timestamp"] <= after["execution_start"]["timestamp"]
     trainer = next(key for key, node in example.items() if node["class_type"] == TRAIN)

@@ -94,6 +94,7 @@ class WordMethod:
     """The few numbers of a word as leaves on the private copies, and the loss they lower."""
 
     architecture = "textual-inversion"
+    started_from = ""  # a digest of what decides the outcome beside recipe, lessons and models
 
     def __init__(self, unet: ModelPatcher, clip: CLIP, recipe: Recipe, lessons: Lessons) -> None:
         self.recipe, self.unet, self.model, self.weights = recipe, unet, unet.model, lessons.weights
@@ -123,10 +124,6 @@ class WordMethod:
         error = denoising_error(self.model, batch.latents, batch.noise, batch.timesteps, context, pooled,
                                 self.recipe.snr_cap)
         return weighted_mean(error, None if self.weights is None else self.weights[batch.photos, batch.views])
-
-    def identity(self) -> str:
-        """What decides what is learned beside recipe, lessons and weights; states of trainings go by it."""
-        return self.architecture
 
     def after_step(self) -> None:
         for encoder, leaf in self.leaves.items():
@@ -237,8 +234,8 @@ def _on(lessons: Lessons, device: torch.device) -> Lessons:
 
 def _states(keeping: Keeping, method: WordMethod, lessons: Lessons, models: str) -> States:
     """The states of exactly this training: same method, recipe, photos, masks, captions, weights and clip-skip."""
-    recipe = json.dumps(asdict(method.recipe), sort_keys=True)
-    digest = hashlib.sha256(f"{models} {method.identity()} {recipe} {lessons.captions}".encode())
+    recipe, learner = json.dumps(asdict(method.recipe), sort_keys=True), f"{method.architecture} {method.started_from}"
+    digest = hashlib.sha256(f"{models} {learner} {recipe} {lessons.captions}".encode())
     for tensor in (lessons.latents, lessons.weights):
         digest.update(b"none" if tensor is None else tensor.cpu().numpy().tobytes())
     name = method.recipe.placeholder.strip("<>")
