@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 from concepts_pack.microworld.client import Client
-from concepts_pack.microworld.world import concept_photos
-from PIL import Image
 
 from .conftest import interrupt, script
 from .test_server import ROOT, WORKFLOWS, example, the
@@ -22,11 +20,9 @@ def card(tmp_path_factory, server, *options):
     dev, folder = script("dev.py"), tmp_path_factory.mktemp("card")
     host = dev.Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable))
     known = server[1] / "user" / "concepts"
-    for needed in (folder / "input" / "things", folder / "user", known):
+    for needed in (folder / "user", known):
         needed.mkdir(parents=True, exist_ok=True)
     (folder / "user" / "concepts").symlink_to(known)
-    for number, photo in enumerate(concept_photos("test cat", 2, 0)[0]):
-        Image.fromarray((photo * 255).astype("uint8")).save(folder / "input" / "things" / f"{number}.png")
     before = signal.signal(signal.SIGTERM, interrupt)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT / "tests" / "card"))
@@ -68,14 +64,8 @@ def test_half_precision_trains(half):
     assert drawn(half, example(half.object_info(), "perfusion_train"))
 
 
-def test_a_domain_is_pretrained_and_a_model_tuned(single):
+def test_a_model_is_tuned(single):
     prompt = example(single.object_info(), "e4t_one_picture")
-    place = next(key for key, node in prompt.items() if node["class_type"] == "ConceptsLoadDomain")
-    models = {name: the(prompt, "ConceptsTuneE4T")[name] for name in ("model", "clip", "vae")}
-    prompt[place] = {"class_type": "ConceptsPretrainE4T", "inputs": {
-        **models, "folder": "things", "class_word": "cat", "name": "card", "steps": 2, "batch_size": 2, "seed": 0,
-        "rate": 0.001, "regulariser": 0.001, "resolution": 128, "mirror": False,
-    }}
     the(prompt, "ConceptsTuneE4T")["result"] = "tuned model"
     assert drawn(single, prompt)
 
