@@ -5,13 +5,14 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.model_management import cast_to_device
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter.base import WeightAdapterBase
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 from torch.nn.functional import linear
+
+from .cross_attention import transformer_blocks
 
 PARTS = ("to_q", "to_k", "to_v")
 ALL_PARTS = (*PARTS, "to_out.0")
@@ -52,7 +53,7 @@ def attention_matrices(unet: torch.nn.Module, parts: Sequence[str] = PARTS) -> d
     Of `parts`, `to_out.0` in `ALL_PARTS` is the layer after attention.
     """
     return {f"{name}.{attention}.{part}": getattr(block, attention).get_submodule(part)
-            for name, block in unet.named_modules() if isinstance(block, BasicTransformerBlock)
+            for name, block in transformer_blocks(unet)
             for attention in ("attn1", "attn2") if getattr(block, attention) is not None for part in parts}
 
 

@@ -297,16 +297,36 @@ def test_patches_of_other_packs_still_run(model, edit, precision, prompts):
     assert torch.equal(sample(both, cond(prompts[0]), cond(prompts[1])), expected) and calls
 
 
-def test_compiled_models(model, edit, precision, prompts):
+@pytest.mark.parametrize("order", ["apply, compile", "compile, apply", "apply, compile, apply"])
+def test_compiled_models(model, edit, precision, prompts, order):
+    """In whichever order, as the host's wrapper puts a compiled UNet in place of the model's own."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     torch._dynamo.reset()
-    one = patched(model, edit, precision)
-    expected = sample(one, cond(prompts[0]), cond(prompts[1]), steps=1)
-    compiled = one.clone()
-    set_torch_compile_wrapper(compiled, backend="eager")
+    second = edit_of(model, prompts[0][0, 4].clone(), seed=8)
+    edits = [applied(edit, precision, "<mine>"), applied(second, precision, "<two>")][:order.count("apply")]
+    expected = sample(with_edits(model, edits, overrides), cond(prompts[0]), cond(prompts[1]), steps=1)
+    compiled = model.clone()
+    for step in order.split(", "):
+        if step == "apply":
+            compiled = with_edits(compiled, [edits.pop(0)], overrides)
+        else:
+            set_torch_compile_wrapper(compiled, backend="eager")
     torch.testing.assert_close(sample(compiled, cond(prompts[0]), cond(prompts[1]), steps=1), expected,
                                rtol=1e-4, atol=1e-4)
+
+
+def test_layers_keep_their_names_when_compiled():
+    """One block of the UNet, and the UNet around it."""
+    from concepts_pack.host.weight_offsets import attention_matrices
+
+    unet = make_model().model.diffusion_model
+    matrices, blocks = attention_matrices(unet), unet.middle_block[1].transformer_blocks
+    blocks[0] = torch.compile(blocks[0], backend="eager")
+    compiled = torch.compile(unet, backend="eager")
+    assert attention_matrices(compiled) == matrices
+    assert {f"{name}.attn2.to_v": attention.to_v for name, attention in cross_attentions(compiled).items()} == {
+        name: layer for name, layer in matrices.items() if name.endswith("attn2.to_v")}
 
 
 def test_merged_models(model, edit, precision, prompts):
