@@ -1,5 +1,6 @@
 """Concept files: byte-equal round trips, the true sizes, and one sentence for every kind of damage."""
 
+import copy
 import json
 import random
 import re
@@ -122,6 +123,11 @@ def test_what_is_loaded_is_its_own_and_can_be_trained(tmp_path):
         loaded = load(path)
     path.write_bytes(b"")
     assert not loaded.edit.target_input.is_inference() and loaded.edit.target_input.isfinite().all()
+
+
+@pytest.mark.parametrize("made", [concept(), concept().words[0], concept().edit, Difference({})])
+def test_deep_copies_share_what_was_learned(made):
+    assert copy.deepcopy([made]) == [made]
 
 
 def test_names_and_header(tmp_path):

@@ -1,5 +1,6 @@
 """Edits on a real model: what they change, what they leave alone, and with what they go together."""
 
+import copy
 import re
 from dataclasses import replace
 from functools import partial
@@ -202,6 +203,18 @@ def test_keyframes_switch_at_their_step(model, hook, edit, prompts, strengths, t
         assert torch.equal(alone(model, prompts[0], switched, steps=4), expected)
     assert not torch.equal(expected, alone(model, prompts[0], hook(edit), steps=4))
     assert not torch.equal(expected, alone(model, prompts[0], steps=4))
+
+
+def test_deep_copies_sample_the_same(model, hook, edit, precision, prompts):
+    """Some packs copy the options of a model, or a conditioning, before they change them."""
+    one = patched(model, edit, precision)
+    other = one.clone()
+    other.model_options = copy.deepcopy(one.model_options)
+    assert torch.equal(alone(other, prompts[0]), alone(one, prompts[0]))
+    assert not torch.equal(alone(one, prompts[0]), alone(model, prompts[0]))
+    hooked = cond(prompts[0], hooks=hook(edit))
+    results = [sample(model, positive, cond(prompts[1])) for positive in (hooked, copy.deepcopy(hooked))]
+    assert torch.equal(*results) and not torch.equal(results[0], sample(model, cond(prompts[0]), cond(prompts[1])))
 
 
 def test_the_same_concept_twice_acts_once(model, hook, edit, precision, prompts):
