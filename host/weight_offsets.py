@@ -64,14 +64,18 @@ def matrix_shapes(model: ModelPatcher, parts: Sequence[str] = PARTS) -> dict[str
 
 
 def with_offsets(model: ModelPatcher, offsets: Mapping[str, Offset], strength: float) -> ModelPatcher:
-    """A clone of `model` whose matrices are changed before LoRAs add to them, in whichever order the two are given."""
+    """A clone of `model` whose matrices are changed before LoRAs add to them, in whichever order the two are given.
+
+    What a merge added before counts as part of the matrices; it is a patch with a list.
+    """
     patched = model.clone()
     patches = {f"diffusion_model.{layer}.weight": OffsetAdapter({layer}, (offset.left, offset.right))
                for layer, offset in offsets.items()}
     patched.add_patches(patches, strength)
     for key in patches:
         *others, own = patched.patches[key]
-        patched.patches[key] = [own, *others]
+        merged = max((place for place, patch in enumerate(others, 1) if isinstance(patch[1], list)), default=0)
+        patched.patches[key] = [*others[:merged], own, *others[merged:]]
     return patched
 
 
