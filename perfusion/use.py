@@ -37,14 +37,15 @@ def apply_concept(
 
 def concept_hook(
     model: ModelPatcher, clip: CLIP, concept: Concept, strength: float, **settings
-) -> tuple[HookGroup | None, CLIP]:
+) -> tuple[HookGroup, CLIP]:
     """A hook that gives single prompts the concept, and a clone of `clip` that knows its word.
 
+    A concept that is only a word needs none, so that its group is empty.
     Where the model or another hook gives the prompt the same concept, one of them acts, and a hook before the model.
     Raises ValueError for a concept of another base, or a start that is not before the end.
     """
     if concept.edit is None:
-        return None, apply_words(clip, concept, strength)
+        return HookGroup(), apply_words(clip, concept, strength)
     taught, edit = _ready(model, clip, concept, strength, settings)
     return hook_of([edit], overrides), taught
 

@@ -205,6 +205,21 @@ def test_keyframes_switch_at_their_step(model, hook, edit, prompts, strengths, t
     assert not torch.equal(expected, alone(model, prompts[0], steps=4))
 
 
+def test_a_plain_word_gives_no_hook(model, clip, hook, edit, prompts):
+    from comfy_extras.nodes_hooks import CombineHooks, ConditioningSetProperties, SetClipHooks
+
+    none, combine = keyed(hook(None), 0.5, 1.0), CombineHooks().combine_hooks
+    (positive,) = ConditioningSetProperties().set_properties(cond(prompts[0]), 1.0, "default", None,
+                                                             combine(none, hook(None))[0])
+    assert torch.equal(sample(model, positive, cond(prompts[1])), sample(model, cond(prompts[0]), cond(prompts[1])))
+    one = hook(edit)
+    assert torch.equal(alone(model, prompts[0], combine(none, one)[0]), alone(model, prompts[0], one))
+    (hooked,) = SetClipHooks().apply_hooks(clip, False, True, none)
+    (encoded, _), (expected, _) = (each.encode_from_tokens_scheduled(each.tokenize("a cat"))[0]
+                                   for each in (hooked, clip))
+    assert torch.equal(encoded, expected)
+
+
 def test_deep_copies_sample_the_same(model, hook, edit, precision, prompts):
     """Some packs copy the options of a model, or a conditioning, before they change them."""
     one = patched(model, edit, precision)
