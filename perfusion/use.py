@@ -63,8 +63,8 @@ def _ready(
     check_encoder(concept, sum(widths(clip).values()))
     (word,) = concept.words
     if concept.edit.encoder and concept.edit.encoder != encoder_fingerprint(clip):
-        log.warning("%s was learned with another text encoder than this one; it may look less like its photos.",
-                    word.placeholder)
+        log.warning("%s was learned with another text encoder than this one, or with another CLIP Set Last Layer in "
+                    "front of where it is applied; it may look less like its photos.", word.placeholder)
     edit = applied(concept.edit, precision(clip), word.placeholder, strength=strength, **settings)
     if edit.start >= edit.end:
         raise ValueError(f"{word.placeholder} would never act: its start ({edit.start:.2f}) is not before its end "

@@ -11,6 +11,7 @@ import torch
 from concepts_pack.host.cross_attention import cross_attentions, overridden, sizes, with_edits
 from concepts_pack.perfusion.apply import applied, overrides
 from concepts_pack.perfusion.concept import Edit
+from concepts_pack.perfusion.covariance import encoder_fingerprint
 from concepts_pack.perfusion.inspection import gates
 from concepts_pack.perfusion.use import apply_concept, concept_hook
 from concepts_pack.textual_inversion.concept import Concept, Word
@@ -496,6 +497,19 @@ def said(caplog):
 
     with caplog.at_level("WARNING", "concepts"):
         yield look
+
+
+def test_another_clip_skip_is_named(model, clip, edit, precision, said, monkeypatch):
+    monkeypatch.setattr("concepts_pack.perfusion.use.precision", lambda clip: precision)
+    word, skipped = Word("<mine>", "cat", {"clip_l": torch.ones(1, WIDTH)}), clip.clone()
+    skipped.clip_layer(-2)
+    known = Concept((word,), replace(edit, encoder=encoder_fingerprint(clip)), BASE)
+    for use in (apply_concept, concept_hook):
+        use(model, clip, known, 1.0)
+        assert said() == []
+        use(model, skipped, known, 1.0)
+        (message,) = said()
+        assert "<mine>" in message and "CLIP Set Last Layer" in message
 
 
 def test_a_prompt_that_forgot_the_word_is_named(model, edit, precision, prompts, said):
