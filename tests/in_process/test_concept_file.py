@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 import re
 import struct
@@ -442,6 +443,14 @@ def test_nodes_save_and_load_both_kinds(models):
         ConceptsLoad.execute(name="concepts/gone.safetensors", placeholder="")
     with pytest.raises(ValueError, match="layout 'diffusers' is for learned words, and <mine> is more than a word"):
         ConceptsSave.execute(concept=concept(), name="mine", overwrite=False, layout="diffusers")
+
+
+def test_subfolders_are_listed_with_slashes_on_every_system(models, monkeypatch):
+    path = models / "embeddings" / "people\\anna.safetensors"  # as Windows names a file in a subfolder
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    monkeypatch.setattr(os, "sep", "\\")
+    assert listed() == ["people/anna.safetensors"]
 
 
 @pytest.mark.parametrize("edit", [concept().edit, Difference({}, {})])
