@@ -23,7 +23,7 @@ from .sockets import Domain
 
 VIEWS, FLOOR = 4, 0.1
 SAMPLES = {f"sample world: {word}": word for word in SAMPLE_WORDS}
-SAMPLE_SIZE = 200  # things
+SAMPLE_SIZE = 100  # things
 
 
 def pictures_folder(name: str) -> Path:

@@ -38,7 +38,7 @@ def what_to_learn() -> list[io.Input]:
             "in each. A batch, or a list of any sizes; the middle square of each is used."
         )),
         io.Mask.Input("masks", optional=True, tooltip=(
-            "Where the thing is, 1 on it, one mask for each photo: the rest of the photo then hardly counts. "
+            "Where the thing is, 1 on it, one mask for each photo: the rest then counts a tenth as much. "
             "Load Image gives masks the other way round; put Invert Mask between."
         )),
         io.String.Input("captions", optional=True, force_input=True, tooltip=(

@@ -79,7 +79,7 @@ def test_half_precision_trains(request, kind):
 
 def test_a_domain_is_pretrained_and_a_model_tuned(single):
     prompt = example(single.object_info(), "e4t_pretrain")
-    the(prompt, "ConceptsPretrainE4T")["folder"] = "things"  # two instead of two hundred
+    the(prompt, "ConceptsPretrainE4T")["folder"] = "things"  # two instead of a hundred
     the(prompt, "ConceptsTuneE4T")["result"] = "tuned model"
     assert drawn(single, prompt)
 
