@@ -68,11 +68,11 @@ def learners(base, kind: str, file: Path, seed: int) -> dict[str, Callable]:
         return learn_word(*base, given, recipe, QUIET, method_of=partial(TunedWhole, known, given)).concept
 
     def inverted(steps: int, given) -> Concept:
-        pace = train_textual_inversion.pace_of("balanced", base[1], kind) | {"steps": steps}
+        pace = train_textual_inversion.pace_of("quick", base[1], kind) | {"steps": steps}
         return learn_word(*base, given, Recipe("<mine>", kind, seed=seed, **pace), QUIET).concept
 
     def edited(steps: int, given) -> Concept:
-        pace = train_perfusion.pace_of("balanced", base[1], kind) | {"steps": steps}
+        pace = train_perfusion.pace_of("quick", base[1], kind) | {"steps": steps}
         recipe = EditRecipe("<mine>", kind, seed=seed, momentum=0.9, **pace)
         return learn_word(*base, given, recipe, QUIET, method_of=partial(EditMethod, metric, encoder)).concept
 
@@ -115,7 +115,7 @@ def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float,
 def settings(label: str, file: Path, cfg: float, bias: float) -> str:
     """A name for all that a row hangs on besides instance and seed."""
     uses = b"" if "without" in label or not label.startswith("E4T") else file.read_bytes()
-    paces = [train_textual_inversion.PRESETS["balanced"], train_perfusion.PRESETS["balanced"],
+    paces = [train_textual_inversion.PRESETS["quick"], train_perfusion.PRESETS["quick"],
              tune.LEVELS, tune.SHARE, tune.WORD_RATE, tune.VALUE_RATE]
     return hashlib.sha256(f"{label} {paces} {cfg} {bias} {SCENES} {code()}".encode() + uses).hexdigest()[:12]
 

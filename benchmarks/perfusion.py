@@ -57,11 +57,11 @@ ENOUGH = 0.4  # ID of a region that counts as the concept
 
 
 def learn(base, name: str, seed: int, photos: int = 4, masked: bool = True, **changes) -> Concept:
-    """A concept from photos, by the node's balanced preset unless `changes` say otherwise."""
+    """A concept from photos, by the node's quick preset unless `changes` say otherwise."""
     pictures, masks = concept_photos(name, photos, PHOTOS_SEED + seed)
     kind, clip = super_category(name), base[1]
     recipe = EditRecipe(**{"placeholder": "<mine>", "init_text": kind, "seed": seed, "momentum": MOMENTUM,
-                           **pace_of("balanced", clip, kind), **changes})
+                           **pace_of("quick", clip, kind), **changes})
     method = partial(EditMethod, precision(clip), encoder_fingerprint(clip))
     given = gather([torch.from_numpy(pictures)], [torch.from_numpy(masks)] if masked else [])
     return learn_word(*base, given, recipe, Preview(every=0, steps=1), method_of=method).concept
@@ -76,7 +76,7 @@ def pictures_of(base, concept: Concept, seed: int, cfg: float, **settings) -> Te
 def single(name: str, seed: int, cfg: float, variants: dict[str, dict]) -> list[tuple]:
     """(label, bias, ID, TXT, seed, name) of every set of scenes of one training; what was measured before is kept."""
     torch.set_num_threads(1)
-    settings = [cfg, variants, BIASES, PAIRED, PRESETS["balanced"]]
+    settings = [cfg, variants, BIASES, PAIRED, PRESETS["quick"]]
     path = work("concepts") / f"{stem(name, seed, 'rows', settings)}.json"
     if not path.exists():
         path.write_text(json.dumps(one_seed(load(), load_checkpoint(), name, seed, cfg, variants)))
@@ -120,7 +120,7 @@ def learned(base, name: str, seed: int, label: str, word: str = "<mine>", **chan
     module, train, presets = (file, learn, PRESETS)
     if label == "word":
         module, train, presets = (word_file, textual_inversion.learn, train_textual_inversion.PRESETS)
-    path = work("concepts") / f"{stem(name, seed, label, [presets['balanced'], changes])}.safetensors"
+    path = work("concepts") / f"{stem(name, seed, label, [presets['quick'], changes])}.safetensors"
     if not path.exists():
         module.save(train(base, name, seed, **changes), path.parent, path.stem)
     return module.load(path, word)

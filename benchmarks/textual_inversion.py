@@ -45,11 +45,11 @@ SCENES = (
 
 
 def learn(base, name: str, seed: int, photos: int = 4, masked: bool = True, **changes) -> Concept:
-    """A word from photos of a sample concept, by the node's balanced preset unless `changes` say otherwise."""
+    """A word from photos of a sample concept, by the node's quick preset unless `changes` say otherwise."""
     kind = super_category(name)
     pictures, masks = concept_photos(name, photos, PHOTOS_SEED + seed)
     recipe = Recipe(**{"placeholder": "<mine>", "init_text": kind, "seed": seed,
-                       **pace_of("balanced", base[1], kind), **changes})
+                       **pace_of("quick", base[1], kind), **changes})
     quiet = Preview(every=0, steps=1)
     given = gather([torch.from_numpy(pictures)], [torch.from_numpy(masks)] if masked else [])
     return learn_word(*base, given, recipe, quiet).concept

@@ -7,6 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from ..textual_inversion.concept import Unchanging
 from .offsets import Offset, offset_weight
 
 
@@ -19,7 +20,7 @@ class LowRank:
 
 
 @dataclass(frozen=True, eq=False)
-class Difference:
+class Difference(Unchanging):
     """W' = W ⊙ (1 + Δ) + up @ down of attention matrices, by layer; all tensors fp32 on the CPU."""
 
     offsets: Mapping[str, Offset]

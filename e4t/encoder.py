@@ -64,6 +64,7 @@ class Encoder(nn.Module):
     """Starts by predicting the class word itself: its last layers are zero."""
 
     tuning_rate = 0.05  # of that of weight offsets, when the whole model is tuned
+    hears_offsets = False  # pretraining lets it hear the plain model
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()

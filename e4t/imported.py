@@ -19,6 +19,7 @@ class ImportedEncoder(nn.Module):
 
     tuning_rate = 0.008  # with the usual rate of offsets this is 1.6e-5, the published one
     needs_vision = True
+    hears_offsets = True  # in the published code one UNet, with its offsets, is heard and denoises
 
     def __init__(self, released: ReleasedEncoder) -> None:
         super().__init__()

@@ -72,6 +72,8 @@ class Predictor:
     def predict(self, seen: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Predicted:
         """For pictures as the encoder sees them, one for all or for each, and their noised latents, as in `Pair`."""
         self._rest()
+        if self.encoder.hears_offsets:
+            self.changed = self._offset()
         features = unet_features(self.model, latents, noise, timesteps, *self.empty)
         return self.encoder(self.encoder.image_part(seen), features)
 
@@ -79,6 +81,10 @@ class Predictor:
         """v* = v_class + s E (b 1 d), by text encoder; E is in the encoder's unit."""
         return {name: self.rows[name] + self.scale * self.units[name] * offset.float()[:, None]
                 for name, offset in predicted.words.items()}
+
+    def size(self, predicted: Predicted) -> Tensor:
+        """The mean square of s E (b), in the encoder's unit: how far words are from the class word."""
+        return (self.scale * torch.cat(list(predicted.words.values()), 1).float()).square().mean(1)
 
     def added(self, predicted: Predicted) -> dict[str, Tensor]:
         """o*_V - W_V i* (b d_l) by layer; predictions are in root mean squares of the super-category's values."""
@@ -102,16 +108,14 @@ class Predictor:
         sentences = [SENTENCES[lot % len(SENTENCES)] for lot in pair.lots]
         context, pooled = encode_words(self.clip, [fill(s, PLACEHOLDER) for s in sentences], self.words(predicted))
         context = context.to(self.device)
-        said = torch.cat(list(predicted.words.values()), 1).float()
-        size = (self.scale * said).square().mean(1)
+        size = self.size(predicted)
         if edited:
             added = self.added(predicted)
             size = size + torch.cat([v.float() for v in predicted.values.values()], 1).square().mean(1)
             with torch.autocast(self.device.type, enabled=False):
                 self.call = self._together(context.float(), sentences, added)
         else:
-            self.changed = {name: offset_weight(layer.weight, self.offsets[name])
-                            for name, layer in self.matrices.items() if name in self.offsets}
+            self.changed = self._offset()
             size = size + penalty(self.offsets) if self.offsets else size
         error = denoising_error(self.model, pair.batch.latents, pair.batch.noise, pair.batch.timesteps, context, pooled)
         return weighted_mean(error.float(), pair.weights) + regulariser * size
@@ -119,6 +123,10 @@ class Predictor:
     def _rest(self) -> None:
         """Leaves the model as it is."""
         self.call, self.changed = None, {}
+
+    def _offset(self) -> dict[str, Tensor]:
+        return {name: offset_weight(layer.weight, self.offsets[name])
+                for name, layer in self.matrices.items() if name in self.offsets}
 
     def _together(self, context: Tensor, sentences: list[str], added: dict[str, Tensor]) -> Together:
         targets = context[range(len(context)), [self.places[sentence] for sentence in sentences]].detach()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..host.bases import base_name, check_pair
+from ..host.bases import base_name, check_pair, native_side
 from ..host.checkpoints import load_checkpoint, load_clip_vision
 from ..host.clip_vision import Vision
 from ..host.copies import fingerprint, private_copies
@@ -356,7 +356,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--start", type=Path, help="a domain file to begin with")
     parser.add_argument("--output", type=Path, help="where it is saved; models/e4t by default")
     parser.add_argument("--work", type=Path, help="where encoded pictures and states are kept")
-    parser.add_argument("--resolution", type=int, default=512, help="side of the training square in pixels")
+    parser.add_argument("--resolution", type=int, default=0, help="side of the training square in pixels; 0 is that "
+                        "of the checkpoint: 512, 768 or 1024")
     parser.add_argument("--views", type=int, default=4, help="how many pictures or crops of each thing")
     parser.add_argument("--mirror", action="store_true", help="also learn from mirrored pictures")
     parser.add_argument("--mask-floor", type=float, default=0.1, help="weight of the loss outside masks")
@@ -379,10 +380,11 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
     workers = Workers()
     work = args.work or states_folder()
     vision = Vision(load_clip_vision(args.clip_vision)) if args.clip_vision else None
+    side = args.resolution or native_side(model)
     recipe = Recipe(args.word, offsets=not args.no_offsets, **{name: getattr(args, name) for name in NUMBERS})
 
     def read() -> Samples:
-        return read_samples(args.folder, args.views, args.resolution, recipe.side, args.mirror, args.mask_floor,
+        return read_samples(args.folder, args.views, side, recipe.side, args.mirror, args.mask_floor,
                             recipe.seed, lambda p: model.model.process_latent_in(vae_encode(vae, p)),
                             fingerprint(vae.patcher), work, vision)
 

@@ -14,7 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from ..training.dataset import Photo, squares
 from ..training.draws import Batch, draw, seeded
-from ..training.folder import ENDINGS, fingerprint, pictures_in, read_photo
+from ..training.folder import ENDINGS, fingerprint, own_pictures, read_photo
 from .encoder import Vision, to_shown
 from .shards import Sharded, shard
 
@@ -125,9 +125,9 @@ def read_samples(folder: Path, views: int, side: int, shown_side: int, mirror: b
 
 def _subjects(folder: Path) -> Iterator[list[Path]]:
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and (pictures := list(pictures_in(path))):
+        if path.is_dir() and (pictures := list(own_pictures(path))):
             yield pictures
-    yield from ([path] for path in pictures_in(folder) if path.parent == folder)
+    yield from ([path] for path in own_pictures(folder))
 
 
 def _readable(paths: list[Path], unreadable: list[Path]) -> Iterator[Photo]:

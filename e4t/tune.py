@@ -21,6 +21,7 @@ from ..training.dataset import Lessons, Photo, squares
 from .domain import Domain, digest
 from .encoder import Predicted
 from .method import SENTENCES, Predictor
+from .offsets import Offset
 from .strangers import tell_strangers
 
 LEVELS = 16  # noise levels that a prediction is the mean of
@@ -82,8 +83,10 @@ class TunedEdit(EditMethod):
                    vision: Vision | None) -> Start:
         shown = squares(photos, lessons.latents.shape[-1] * 8)
         seen = domain.encoder.seen(torch.stack([photo.picture for photo in shown]), vision)
-        predictor = Predictor(self.unet, clip, domain.word, domain.encoder.to(self.device), {}, SHARE * domain.scale,
-                              self.precision)
+        offsets = {layer: Offset(o.left.to(self.device), o.right.to(self.device))
+                   for layer, o in domain.offsets.items()}
+        predictor = Predictor(self.unet, clip, domain.word, domain.encoder.to(self.device), offsets,
+                              SHARE * domain.scale, self.precision)
         try:
             tell_strangers(predictor, lessons.latents[:, 0], self.recipe.seed)
             return predict(predictor, seen, lessons.latents[:, 0], self.recipe.seed)

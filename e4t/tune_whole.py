@@ -34,6 +34,7 @@ from .tune import SHARE, predict
 from .use import with_difference
 
 RANK = 4
+REGULARISER = 1e-3  # as in pretraining
 
 
 class TunedWhole(WordMethod):
@@ -73,23 +74,21 @@ class TunedWhole(WordMethod):
 
     def loss(self, batch: Batch) -> Tensor:
         """The error (b) under words that the encoder predicts from each sample's own noised latent."""
-        self.changed = {}
+        tuned = self._tuned()
+        self.changed = tuned if self.encoder.hears_offsets else {}
         said = self.predictor.predict(self.seen[batch.photos], batch.latents, batch.noise, batch.timesteps)
         context, pooled = encode_words(self.clip, self.prompts(batch), self.predictor.words(said))
-        self.changed = {layer: changed_weight(matrix.weight, self.offsets.get(layer), self.added[layer])
-                        for layer, matrix in self.matrices.items()}
-        return self.error_under(batch, context, pooled)
+        self.changed = tuned
+        return self.error_under(batch, context, pooled) + REGULARISER * self.predictor.size(said)
 
     def after_step(self) -> None:
         """Nothing is held back: the word follows the encoder."""
 
     def sampled(self) -> ModelPatcher:
-        self.changed = {}
         self._settle()
         return with_difference(self.unet, self.difference(), 1.0)
 
     def concept(self, metadata: Mapping[str, str]) -> Concept:
-        self.changed = {}
         self._settle()
         return Concept((self.word(),), self.difference(), metadata)
 
@@ -105,9 +104,16 @@ class TunedWhole(WordMethod):
         return Difference({layer: Offset(own(o.left), own(o.right)) for layer, o in self.offsets.items()},
                           {layer: LowRank(own(f.up), own(f.down)) for layer, f in self.added.items()})
 
+    def _tuned(self) -> dict[str, Tensor]:
+        return {layer: changed_weight(matrix.weight, self.offsets.get(layer), self.added[layer])
+                for layer, matrix in self.matrices.items()}
+
     def _settle(self) -> None:
-        """Makes the word what the encoder now predicts in the mean."""
+        """Makes the word what the encoder now predicts in the mean, and leaves the model as it is."""
+        with torch.no_grad():
+            self.changed = self._tuned() if self.encoder.hears_offsets else {}
         start = predict(self.predictor, self.seen, self.latents, self.recipe.seed)
+        self.changed = {}
         for name, vectors in start.words.items():
             self.leaves[name].data.copy_(vectors)
 

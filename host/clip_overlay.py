@@ -34,13 +34,17 @@ class _WordTokenizer:
         """Turns `<mine>` into ` embedding:…`, or into its class word for an encoder that learned nothing of it."""
 
         def spell(match: re.Match) -> str:
-            word = _meant(self.learned_words, match[0])
+            if match["word"] is None:
+                return match[0]
+            word = _meant(self.learned_words, match["word"])
             known = self.embedding_key in word.vectors
             return f" {self.embedding_identifier}{_key(word.placeholder)} " if known else word.class_word
 
         return _pattern(self.learned_words).sub(spell, text)
 
     def _try_get_embedding(self, embedding_name: str):
+        if not embedding_name.strip():  # the host would look for its first word
+            return self.without_folders._try_get_embedding("nothing")
         name = embedding_name.split(" ", 1)[0]
         for word in self.learned_words.values():
             if name == _key(word.placeholder):
@@ -70,8 +74,8 @@ def words_in(clip: CLIP, text: str) -> list[Word]:
     """The learned words of overlays on `clip` that occur in `text`, each once."""
     known = {placeholder: word for tokenizer in _overlaid(clip).values()
              for placeholder, word in tokenizer.learned_words.items()}
-    met = _pattern(known).findall(text) if known else []
-    return list({word.placeholder: word for word in (_meant(known, written) for written in met)}.values())
+    met = [match["word"] for match in _pattern(known).finditer(text)] if known else []
+    return list({word.placeholder: word for word in (_meant(known, written) for written in met if written)}.values())
 
 
 def instead(clip: CLIP, words: Iterable[Word]) -> CLIP:
@@ -127,10 +131,15 @@ def _refuse_clash(old: Word | None, new: Word) -> None:
 
 
 def _pattern(words: Mapping[str, Word]) -> re.Pattern:
-    """Matches any placeholder in any case, the longest first, and none inside a longer word."""
+    """Matches any placeholder in any case, the longest first, and none inside a longer word: the group `word`.
+
+    An `embedding:` before it belongs to the match. One before the name of a file is a match without a word.
+    """
     longest_first = sorted((word.placeholder for word in words.values()), key=len, reverse=True)
-    return re.compile("|".join(rf"(?<![\w-]){re.escape(p)}(?![\w-])" if p[0].isalnum() else re.escape(p)
-                               for p in longest_first), re.IGNORECASE)
+    any_word = "|".join(rf"(?<![\w-]){re.escape(p)}(?![\w-])" if p[0].isalnum() else re.escape(p)
+                        for p in longest_first)
+    return re.compile(rf"(?P<prefix>embedding:\s*)?(?P<word>{any_word})(?(prefix)(?![./\\]\w))"
+                      r"|embedding:\s*[^\s,()<\[]*", re.IGNORECASE)
 
 
 def _meant(words: Mapping[str, Word], written: str) -> Word:

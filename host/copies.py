@@ -18,8 +18,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .bases import native_side
+from .text import UNUSED
 
 AMPLE = 25  # bytes for each weight at 512 pixels: 20 GB on SD1.x, room for a batch of 4 with all activations kept
+
+MOST = 0.7  # of a card for weights: what is left is for activations, previews and the system
 
 
 @contextmanager
@@ -31,13 +34,16 @@ def private_copies(
     The weights are held once where the host leaves them in place, and are loaded from disk again where it does not.
 
     Gradients flow through both copies; with `recompute` the UNet's blocks keep no activations for them and are
-    computed twice (gradient checkpointing). Both copies are freed on the way out.
+    computed twice (gradient checkpointing), and the text encoder works on the processor where the card is small
+    (`card_is_small`). Both copies are freed on the way out.
     Raises ValueError for a model or CLIP whose loader did not leave the host a way to load it again.
     """
     in_training = comfy.model_management.in_training
     with torch.inference_mode(False), torch.enable_grad():
         unet, of_unet = _private(model, "MODEL", recompute)
         encoder, of_encoder = _private(clip.patcher, "CLIP")
+        if recompute and card_is_small(model, clip):
+            encoder.load_device = encoder.offload_device
         text = clip.clone()
         text.patcher, text.cond_stage_model = encoder, encoder.model
         try:
@@ -55,12 +61,16 @@ def private_copies(
 
 
 def fingerprint(*patchers: ModelPatcher) -> str:
-    """A digest of the first numbers of every weight, which tells checkpoints and the LoRAs on them apart."""
+    """A digest of the first numbers of every weight, which tells checkpoints and the LoRAs on them apart.
+
+    Without weights that text encoders may never have been given (`host.text.UNUSED`).
+    """
     digest = hashlib.sha256()
     for patcher in patchers:
         for name, weight in patcher.model.state_dict().items():
-            start = weight.reshape(-1)[:32].float().cpu().contiguous()
-            digest.update(f"{name} {tuple(weight.shape)}".encode() + start.numpy().tobytes())
+            if not name.endswith(UNUSED):
+                start = weight.reshape(-1)[:32].float().cpu().contiguous()
+                digest.update(f"{name} {tuple(weight.shape)}".encode() + start.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -74,6 +84,17 @@ def memory_is_short(model: ModelPatcher) -> bool:
     device, weights = model.load_device, sum(weight.numel() for weight in model.model.parameters())
     ample = AMPLE * weights * (native_side(model) / 512) ** 2
     return device.type != "cpu" and comfy.model_management.get_total_memory(device) < ample
+
+
+def card_is_small(model: ModelPatcher, clip: CLIP) -> bool:
+    """Whether the weights of both, the text encoder's in single precision, would fill most of the model's card.
+
+    SDXL's take 8.4 GB.
+    """
+    parts = ((model.model, model.model.get_dtype_inference().itemsize), (clip.cond_stage_model, 4))
+    weights = sum(size * weight.numel() for part, size in parts for weight in part.parameters())
+    device = model.load_device
+    return device.type != "cpu" and weights > MOST * comfy.model_management.get_total_memory(device)
 
 
 def _private(patcher: ModelPatcher, socket: str, recompute: bool = False) -> tuple[ModelPatcher, ModelPatcher]:

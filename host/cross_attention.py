@@ -16,6 +16,7 @@ from comfy.patcher_extension import WrappersMP, merge_nested_dicts
 from torch import Tensor
 
 KEY, RUNNING, MET = "concepts", "concepts_running", "concepts_met"
+COMPILED = "_orig_mod"  # what torch.compile calls the module inside the one it makes
 log = logging.getLogger("concepts")
 _known: WeakKeyDictionary[torch.nn.Module, dict[str, CrossAttention]] = WeakKeyDictionary()
 
@@ -34,11 +35,17 @@ class Applied(Protocol):
 Overrides = Callable[[Mapping[str, CrossAttention], Sequence[Any]], tuple[Mapping[torch.nn.Module, Callable], Callable]]
 
 
+def transformer_blocks(unet: torch.nn.Module) -> Iterator[tuple[str, BasicTransformerBlock]]:
+    """Every transformer block and its name (`input_blocks.1.1…blocks.0`), which is the same where it is compiled."""
+    for name, block in unet.named_modules():
+        if isinstance(block, BasicTransformerBlock):
+            yield ".".join(part for part in name.split(".") if part != COMPILED), block
+
+
 def cross_attentions(unet: torch.nn.Module) -> dict[str, CrossAttention]:
-    """The text-reading attention of every transformer block, by the block's name (`input_blocks.1.1…blocks.0`)."""
+    """The text-reading attention of every transformer block, by the block's name."""
     if unet not in _known:
-        _known[unet] = {name: block.attn2 for name, block in unet.named_modules()
-                        if isinstance(block, BasicTransformerBlock) and block.attn2 is not None}
+        _known[unet] = {name: block.attn2 for name, block in transformer_blocks(unet) if block.attn2 is not None}
     return _known[unet]
 
 

@@ -1,5 +1,6 @@
 """Where the host keeps embeddings and results."""
 
+import os
 from pathlib import Path
 
 import folder_paths
@@ -8,8 +9,12 @@ CONCEPTS, DOMAINS = "concepts", "e4t"
 
 
 def file_names(kind: str, endings: tuple[str, ...]) -> list[str]:
-    """The files with those endings in the folders of a kind (`embeddings`, `loras`), as the host lists them."""
-    return [name for name in folder_paths.get_filename_list(kind) if name.lower().endswith(endings)]
+    """The files with those endings in the folders of a kind (`embeddings`, `loras`).
+
+    Subfolders are written with / on every system, so that a workflow opens on all.
+    """
+    names = (name.replace(os.sep, "/") for name in folder_paths.get_filename_list(kind))
+    return [name for name in names if name.lower().endswith(endings)]
 
 
 def file_path(kind: str, name: str) -> Path:

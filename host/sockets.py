@@ -1,4 +1,4 @@
-"""What travels over ComfyUI's own sockets, for annotations in the layers above."""
+"""What travels over ComfyUI's own sockets, for the layers above."""
 
 from comfy.clip_vision import ClipVisionModel
 from comfy.hooks import HookGroup

@@ -13,6 +13,8 @@ from comfy.sd1_clip import SDClipModel, SDTokenizer
 from einops import rearrange
 from torch import Tensor
 
+UNUSED = ("text_projection.weight", "logit_scale")  # SD1.x checkpoints lack them; the host leaves memory as it was
+
 
 def encoders(clip: CLIP) -> dict[str, SDClipModel]:
     """The text encoders of `clip` by the host's names: `clip_l`, `clip_g`, `clip_h`."""
@@ -120,12 +122,11 @@ def plain(clip: CLIP) -> CLIP:
 def fingerprint_of(clip: CLIP) -> str:
     """A digest of the first numbers of every weight, without what LoRAs changed in them, and of the layer taken.
 
-    It is the same in half and in single precision. Weights that the encodings do not depend on are left out: SD1.x
-    checkpoints lack them, and the host then leaves in them what the memory held.
+    It is the same in half and in single precision, and without the weights in `UNUSED`.
     """
     digest = hashlib.sha256(repr(_layers(clip)).encode())
     for name, ((weight, _), *_) in clip.patcher.get_key_patches().items():
-        if not name.endswith(("text_projection.weight", "logit_scale")):
+        if not name.endswith(UNUSED):
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             digest.update(weight.reshape(-1)[:32].half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

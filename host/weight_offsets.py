@@ -5,13 +5,14 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.model_management import cast_to_device
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter.base import WeightAdapterBase
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 from torch.nn.functional import linear
+
+from .cross_attention import transformer_blocks
 
 PARTS = ("to_q", "to_k", "to_v")
 ALL_PARTS = (*PARTS, "to_out.0")
@@ -52,7 +53,7 @@ def attention_matrices(unet: torch.nn.Module, parts: Sequence[str] = PARTS) -> d
     Of `parts`, `to_out.0` in `ALL_PARTS` is the layer after attention.
     """
     return {f"{name}.{attention}.{part}": getattr(block, attention).get_submodule(part)
-            for name, block in unet.named_modules() if isinstance(block, BasicTransformerBlock)
+            for name, block in transformer_blocks(unet)
             for attention in ("attn1", "attn2") if getattr(block, attention) is not None for part in parts}
 
 
@@ -63,14 +64,18 @@ def matrix_shapes(model: ModelPatcher, parts: Sequence[str] = PARTS) -> dict[str
 
 
 def with_offsets(model: ModelPatcher, offsets: Mapping[str, Offset], strength: float) -> ModelPatcher:
-    """A clone of `model` whose matrices are changed before LoRAs add to them, in whichever order the two are given."""
+    """A clone of `model` whose matrices are changed before LoRAs add to them, in whichever order the two are given.
+
+    What a merge added before counts as part of the matrices; it is a patch with a list.
+    """
     patched = model.clone()
     patches = {f"diffusion_model.{layer}.weight": OffsetAdapter({layer}, (offset.left, offset.right))
                for layer, offset in offsets.items()}
     patched.add_patches(patches, strength)
     for key in patches:
         *others, own = patched.patches[key]
-        patched.patches[key] = [own, *others]
+        merged = max((place for place, patch in enumerate(others, 1) if isinstance(patch[1], list)), default=0)
+        patched.patches[key] = [*others[:merged], own, *others[merged:]]
     return patched
 
 

@@ -41,12 +41,13 @@ def instance_photos(
 
 def write_folder(folder: Path, domain: str, instances: int, photos: int) -> None:
     """Training instances as `folder/00001/1.png` with masks beside them; what is there already is kept."""
-    done = sum(1 for _ in parallel(_write_instance, [folder] * instances, [domain] * instances, range(instances),
+    done = sum(1 for _ in parallel(write_instance, [folder] * instances, [domain] * instances, range(instances),
                                    [photos] * instances))
     print(f"{done} instances with {photos} photos each are in {folder}", flush=True)
 
 
-def _write_instance(folder: Path, domain: str, number: int, photos: int) -> None:
+def write_instance(folder: Path, domain: str, number: int, photos: int) -> None:
+    """One training instance as `folder/NUMBER/1.png` and so on with masks beside them, unless it is there already."""
     own = folder / f"{number:05d}"
     if (own / f"{photos}.png").exists():
         return

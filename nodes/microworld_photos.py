@@ -28,8 +28,10 @@ class ConceptsMicroworldPhotos(io.ComfyNode):
                 io.Int.Input("count", default=4, min=1, max=64, tooltip=(
                     "How many photos, each in another pose and place."
                 )),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=True,
-                             tooltip="Other seeds give other poses and places of the same thing."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF,
+                             control_after_generate=io.ControlAfterGenerate.fixed, tooltip=(
+                    "Other seeds give other poses and places of the same thing."
+                )),
             ],
             outputs=[
                 io.Image.Output("images", display_name="images", tooltip="The photos, 128 pixels a side."),

@@ -1,22 +1,40 @@
 """Pretrain E4T Domain."""
 
+from pathlib import Path
+
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..e4t import domain
 from ..e4t.pretrain import Keeping, Recipe, pretrain
 from ..e4t.samples import read_samples
+from ..host.bases import native_side
 from ..host.clip_vision import Vision
 from ..host.copies import fingerprint, memory_is_short
 from ..host.folders import DOMAINS, domains_folder, free_name, input_subfolder, input_subfolders, states_folder
 from ..host.pictures import is_empty, vae_encode
 from ..host.progress import ProgressBar, stop_if_cancelled
+from ..microworld.domain import DOMAINS as SAMPLE_WORDS
+from ..microworld.domain import write_instance
 from ..perfusion.covariance import precision
 from ..training.folder import ENDINGS
 from ..training.folder import fingerprint as folder_fingerprint
 from .sockets import Domain
 
 VIEWS, FLOOR = 4, 0.1
+SAMPLES = {f"sample world: {word}": word for word in SAMPLE_WORDS}
+SAMPLE_SIZE = 100  # things
+
+
+def pictures_folder(name: str) -> Path:
+    """A listed folder; those of the sample world are drawn first, a thing's pictures in a folder of its own."""
+    if name not in SAMPLES:
+        return input_subfolder(name)
+    folder = states_folder() / f"sample-world-{SAMPLES[name]}"
+    for number in range(SAMPLE_SIZE):
+        stop_if_cancelled()
+        write_instance(folder, SAMPLES[name], number, VIEWS)
+    return folder
 
 
 class ConceptsPretrainE4T(io.ComfyNode):
@@ -39,9 +57,10 @@ class ConceptsPretrainE4T(io.ComfyNode):
                 io.Model.Input("model", tooltip="The checkpoint to learn for."),
                 io.Clip.Input("clip", tooltip="The checkpoint's text encoder."),
                 io.Vae.Input("vae", tooltip="The checkpoint's VAE. Pictures are encoded once, before the first step."),
-                io.Combo.Input("folder", options=input_subfolders(), tooltip=(
+                io.Combo.Input("folder", options=[*input_subfolders(), *SAMPLES], tooltip=(
                     "A folder in ComfyUI's input folder. Each picture in it is a thing of its own; a subfolder holds "
-                    "several pictures of one thing, which is better, with masks beside them as 1.mask.png."
+                    "several pictures of one thing, which is better, with masks beside them as 1.mask.png. The last "
+                    "ones are drawn by the sample world, to try this on microworld.safetensors."
                 )),
                 io.String.Input("class_word", default="", placeholder="class word, such as: cat", tooltip=(
                     "The ordinary word for all of them."
@@ -56,8 +75,9 @@ class ConceptsPretrainE4T(io.ComfyNode):
                 io.Int.Input("batch_size", default=16, min=1, max=256, tooltip=(
                     "How many pictures each step looks at. Large batches matter here: 16 or more."
                 )),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=(
-                    "Decides everything random."
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF,
+                             control_after_generate=io.ControlAfterGenerate.fixed, tooltip=(
+                    "Decides everything random. Leave it fixed: another seed is another pretraining."
                 )),
                 io.Float.Input("rate", default=0.001, min=0.000001, max=1.0, step=0.0001, round=0.000001, advanced=True,
                                tooltip="How far each step moves the encoder and the weight offsets."),
@@ -65,8 +85,9 @@ class ConceptsPretrainE4T(io.ComfyNode):
                                advanced=True, tooltip=(
                     "How firmly predictions are kept near the class word, so that prompts stay in charge."
                 )),
-                io.Int.Input("resolution", default=512, min=64, max=2048, step=64, advanced=True, tooltip=(
-                    "Side of the training square in pixels."
+                io.Int.Input("resolution", default=0, min=0, max=2048, step=64, advanced=True, tooltip=(
+                    "Side of the training square in pixels. 0 takes what the checkpoint was made for: 512 for Stable "
+                    "Diffusion 1.x and 2.x, 768 for 2.x with v-prediction, 1024 for SDXL."
                 )),
                 io.Boolean.Input("mirror", default=False, advanced=True, tooltip="Also learn from mirrored pictures."),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip=(
@@ -80,7 +101,7 @@ class ConceptsPretrainE4T(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder: str | None, **inputs) -> str:
         """Changed or added pictures are learned from, unless the folder's name is linked: the host does not tell it."""
-        return folder_fingerprint(input_subfolder(folder), ENDINGS) if folder else ""
+        return folder_fingerprint(input_subfolder(folder), ENDINGS) if folder and folder not in SAMPLES else ""
 
     @classmethod
     def execute(cls, model, clip, vae, folder, class_word, name, steps, batch_size, seed, rate, regulariser, resolution,
@@ -92,14 +113,15 @@ class ConceptsPretrainE4T(io.ComfyNode):
         if clip is None or is_empty(vae):
             raise ValueError("Pretraining needs the checkpoint's text encoder (CLIP) and its VAE; one of them is "
                              "missing in this file.")
+        side = resolution or native_side(model)
         recipe = Recipe(word, steps, batch_size=batch_size, seed=seed, rate=rate, offset_rate=rate,
-                        regulariser=regulariser, side=min(resolution, 224))
+                        regulariser=regulariser, side=min(side, 224))
 
         def encode(pictures: Tensor) -> Tensor:
             stop_if_cancelled()
             return model.model.process_latent_in(vae_encode(vae, pictures))
 
-        samples = read_samples(input_subfolder(folder), VIEWS, resolution, recipe.side, mirror, FLOOR, seed, encode,
+        samples = read_samples(pictures_folder(folder), VIEWS, side, recipe.side, mirror, FLOOR, seed, encode,
                                fingerprint(vae.patcher), states_folder(), clip_vision and Vision(clip_vision))
         bar = ProgressBar(steps)
 

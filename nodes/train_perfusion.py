@@ -24,9 +24,9 @@ from .training_inputs import (
 )
 
 PRESETS = {  # rates are in root mean squares of what they move: the class word's numbers, its values in each layer
-    "balanced": {"steps": 150, "rate": 0.4, "value_rate": 0.15, "batch_size": 4},
-    "quick": {"steps": 75, "rate": 0.6, "value_rate": 0.2, "batch_size": 4},
-    "thorough": {"steps": 400, "rate": 0.2, "value_rate": 0.08, "batch_size": 4},
+    "balanced": {"steps": 400, "rate": 0.2, "value_rate": 0.08, "batch_size": 4},
+    "quick": {"steps": 150, "rate": 0.4, "value_rate": 0.15, "batch_size": 4},
+    "thorough": {"steps": 1000, "rate": 0.2, "value_rate": 0.08, "batch_size": 4},
 }
 
 

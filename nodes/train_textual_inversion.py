@@ -19,9 +19,9 @@ from .training_inputs import (
 )
 
 PRESETS = {  # the rate is in root mean squares of the class word's numbers
-    "balanced": {"steps": 100, "rate": 0.6, "batch_size": 4},
-    "quick": {"steps": 50, "rate": 0.6, "batch_size": 4},
-    "thorough": {"steps": 400, "rate": 0.3, "batch_size": 4},
+    "balanced": {"steps": 400, "rate": 0.3, "batch_size": 4},
+    "quick": {"steps": 100, "rate": 0.6, "batch_size": 4},
+    "thorough": {"steps": 1500, "rate": 0.3, "batch_size": 4},
 }
 
 

@@ -38,7 +38,7 @@ def what_to_learn() -> list[io.Input]:
             "in each. A batch, or a list of any sizes; the middle square of each is used."
         )),
         io.Mask.Input("masks", optional=True, tooltip=(
-            "Where the thing is, 1 on it, one mask for each photo: the rest of the photo then hardly counts. "
+            "Where the thing is, 1 on it, one mask for each photo: the rest then counts a tenth as much. "
             "Load Image gives masks the other way round; put Invert Mask between."
         )),
         io.String.Input("captions", optional=True, force_input=True, tooltip=(
@@ -62,14 +62,16 @@ def how_long(presets: Iterable[str], own: list[io.Input]) -> io.Input:
         *(io.DynamicCombo.Option(name, []) for name in presets),
         io.DynamicCombo.Option(OWN, own),
     ], tooltip=(
-        "How long and how fast to learn. 'balanced' suits three to ten photos, 'quick' is for a first look, 'thorough' "
-        "for a last one; 'own settings' shows the numbers behind."
+        "How long and how fast to learn: 'quick' is for a first look and all that the sample world needs, 'balanced' "
+        "for three to ten photos, 'thorough' for when the samples were still getting better at its end. 'own "
+        "settings' shows the numbers behind."
     ))
 
 
 def chosen_seed() -> io.Input:
     """What decides everything random."""
-    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=(
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF,
+                        control_after_generate=io.ControlAfterGenerate.fixed, tooltip=(
         "Decides noise, order and sentences. The same seed and photos give the same file, byte for byte on a processor "
         "and nearly the same on a graphics card."
     ))

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..textual_inversion.concept import Unchanging
 from .concept import Edit
 from .edit import change, components, gate, gate_of_kin, similarity, withheld
 
@@ -15,7 +16,7 @@ KEYS, VALUES = 0, 1
 
 
 @dataclass(frozen=True, eq=False)
-class Applied:
+class Applied(Unchanging):
     """An edit as it acts on a model.
 
     `dual` (d) is C⁻¹ i*. `bias` β and `temperature` τ shape the gate. At `strength` 0 the concept's values are those

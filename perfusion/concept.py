@@ -6,11 +6,12 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from ..textual_inversion.concept import Unchanging
 from .edit import dual_of
 
 
 @dataclass(frozen=True, eq=False)
-class Edit:
+class Edit(Unchanging):
     """The gated rank-1 edit of one concept; all tensors fp32 on the CPU.
 
     `target_input` i* and `super_input` (d) are encodings of the concept's and the super-category's token. `values`

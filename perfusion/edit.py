@@ -65,7 +65,7 @@ def components(s: Tensor, target_inputs: Tensor, dual: Tensor, present: Tensor |
     here = torch.ones_like(s) if present is None else present.to(s)
     if s.shape[-1] == 1:
         return s * here
-    exact = torch.float32 if s.device.type == "mps" else torch.float64  # which has no double
+    exact = torch.float64 if s.device.type in ("cpu", "cuda") else torch.float32  # many others have no double
     target_inputs, dual, here = target_inputs.to(exact), dual.to(exact), here.to(exact)
     gram = einsum(target_inputs, dual, "j d, k d -> k j")
     length = gram.diagonal().sqrt()

@@ -15,9 +15,12 @@ def encode_with_global_keys(clip: CLIP, text: str) -> Conditioning:
 
     Without a learned word in it nothing differs from CLIP Text Encode. Where a class word has more or fewer tokens
     than the learned word, its keys are passed over or repeated, so that each other token keeps the key of its like.
-    Raises ValueError for a word without a class word, and for text encoders of models without key layers for text.
+    Raises ValueError for a word without a class word, for text encoders of models without key layers for text, and
+    where the host encodes nothing.
     """
     conditioning, words = conditioning_of(clip, text), words_in(clip, text)
+    if not conditioning:
+        raise ValueError("The hooks on this CLIP leave nothing to encode; turn schedule_clip off in Set CLIP Hooks.")
     if not words:
         return conditioning
     sizes = list(widths(clip).values())

@@ -13,7 +13,7 @@ from . import file
 
 LARGEST = 2**20  # characters
 COVER = "ssmd_cover_images"
-HEADER = re.compile(r"concept (?P<kind>word|perfusion) (?P<size>[0-9]{1,7}) (?P<sum>[0-9a-f]{16})(?!\S)")
+HEADER = re.compile(r"concept\s+(?P<kind>word|perfusion)\s+(?P<size>[0-9]{1,7})\s+(?P<sum>[0-9a-f]{16})(?!\S)")
 
 
 def to_text(concept: Concept) -> str:
@@ -35,11 +35,11 @@ def from_text(text: str) -> Concept:
     Raises ValueError with one sentence for any other text.
     """
     _check_size(text)
-    text = " ".join(text.split())
+    text = text.strip()
     match = HEADER.match(text)
     if not match:
         raise ValueError(f"The text is not a concept: it starts with {text[:40]!r} instead of 'concept perfusion …'.")
-    data = _unpacked(text[match.end():].replace(" ", ""), int(match["size"]))
+    data = _unpacked("".join(text[match.end():].split()), int(match["size"]))
     if _sum(data) != match["sum"]:
         raise ValueError(f"The concept's text has been changed: its checksum is {_sum(data)}, not {match['sum']}; copy "
                          "it anew.")

@@ -37,14 +37,15 @@ def apply_concept(
 
 def concept_hook(
     model: ModelPatcher, clip: CLIP, concept: Concept, strength: float, **settings
-) -> tuple[HookGroup | None, CLIP]:
+) -> tuple[HookGroup, CLIP]:
     """A hook that gives single prompts the concept, and a clone of `clip` that knows its word.
 
+    A concept that is only a word needs none, so that its group is empty.
     Where the model or another hook gives the prompt the same concept, one of them acts, and a hook before the model.
     Raises ValueError for a concept of another base, or a start that is not before the end.
     """
     if concept.edit is None:
-        return None, apply_words(clip, concept, strength)
+        return HookGroup(), apply_words(clip, concept, strength)
     taught, edit = _ready(model, clip, concept, strength, settings)
     return hook_of([edit], overrides), taught
 
@@ -62,8 +63,8 @@ def _ready(
     check_encoder(concept, sum(widths(clip).values()))
     (word,) = concept.words
     if concept.edit.encoder and concept.edit.encoder != encoder_fingerprint(clip):
-        log.warning("%s was learned with another text encoder than this one; it may look less like its photos.",
-                    word.placeholder)
+        log.warning("%s was learned with another text encoder than this one, or with another CLIP Set Last Layer in "
+                    "front of where it is applied; it may look less like its photos.", word.placeholder)
     edit = applied(concept.edit, precision(clip), word.placeholder, strength=strength, **settings)
     if edit.start >= edit.end:
         raise ValueError(f"{word.placeholder} would never act: its start ({edit.start:.2f}) is not before its end "

@@ -58,7 +58,7 @@ def test_a_template_opens_whole_and_is_queued_as_saved(editor, client, name):
 def test_own_settings_bring_up_their_numbers_and_keep_them_when_saved(editor, client):
     editor.evaluate(OPEN_TEMPLATE, "textual_inversion")
     widgets = editor.evaluate(WIDGETS)
-    assert widgets["preset"] == "balanced" and "preset.steps" not in widgets
+    assert widgets["preset"] == "quick" and "preset.steps" not in widgets
     editor.evaluate(SET, ["preset", "own settings"])
     editor.evaluate(SET, ["preset.steps", 77])
     saved = editor.evaluate("() => app.graph.serialize()")

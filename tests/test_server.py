@@ -34,6 +34,10 @@ def example(info, name="textual_inversion", steps=2):
     for node in prompt.values():
         if node["class_type"].startswith("ConceptsTrain"):
             choose(node["inputs"], info[node["class_type"]], "preset", "own settings", steps=steps)
+        elif node["class_type"] == "ConceptsPretrainE4T":
+            node["inputs"] |= {"steps": steps, "batch_size": 2}
+        elif node["class_type"] == "ConceptsTuneE4T":
+            node["inputs"]["steps"] = steps
     return prompt
 
 

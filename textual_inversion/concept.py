@@ -8,8 +8,15 @@ from typing import Any
 from torch import Tensor
 
 
+class Unchanging:
+    """What never changes, so that copies of what holds it share it: other packs deep-copy models and conditionings."""
+
+    def __deepcopy__(self, memo: dict) -> "Unchanging":
+        return self
+
+
 @dataclass(frozen=True, eq=False)
-class Word:
+class Word(Unchanging):
     """A learned word: how a prompt writes it, the word it started from, and fp32 vectors (n d) per text encoder."""
 
     placeholder: str
@@ -21,7 +28,7 @@ class Word:
 
 
 @dataclass(frozen=True, eq=False)
-class Concept:
+class Concept(Unchanging):
     """Everything one training learned: words, for some methods an edit of the model, and the file's metadata."""
 
     words: tuple[Word, ...]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..host.bases import base_name, check_pair, native_side
 from ..host.clip_overlay import with_words
-from ..host.copies import fingerprint, private_copies, settle
+from ..host.copies import card_is_small, fingerprint, private_copies, settle
 from ..host.folders import states_folder, unfinished_folder
 from ..host.objective import denoising_error, timestep_count
 from ..host.pictures import sample_picture, vae_encode
@@ -208,8 +208,9 @@ def learn_word(
         states = keeping and _states(keeping, method, lessons, fingerprint(unet, text.patcher) + fingerprint_of(clip))
         watcher = Watcher(method, vae, lessons.latents.shape[2:], view)
         watcher.sample(f"step 0: {recipe.init_text}")
+        small = recompute and card_is_small(model, clip)
         plan = Plan(recipe.steps, recipe.batch_size, recipe.seed, timestep_count(unet.model), recipe.accumulation,
-                    recipe.optimiser, recipe.schedule, recipe.warmup)
+                    recipe.optimiser, recipe.schedule, recipe.warmup, at_once=1 if small else 0)
         shown = views[::len(views) // len(photos)]
         try:
             losses = train(method, lessons.latents, plan, watcher, states)

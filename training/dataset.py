@@ -35,8 +35,9 @@ class Lessons:
 def gather(images: Sequence[Tensor], masks: Sequence[Tensor] = (), captions: Sequence[str] = ()) -> list[Photo]:
     """Photos out of IMAGE batches (b h w c), MASK batches (b h w), 1 on the subject, and captions.
 
-    Grey is spread to RGB; alpha becomes the mask where none is given. A mask that is 0 everywhere counts as none, as
-    Load Image gives one for pictures without alpha. Raises ValueError that names the photo and what is wrong with it.
+    Grey is spread to RGB; alpha becomes the mask where none is given. A mask that is the same everywhere counts as
+    none: loaders give such masks for photos that have none. Raises ValueError that names the photo and what is wrong
+    with it.
     """
     pictures = [picture for batch in images for picture in batch]
     single_masks = [mask for batch in masks for mask in batch.reshape(-1, *batch.shape[-2:])]
@@ -60,8 +61,8 @@ def working_side(photos: Sequence[Photo], asked: int, largest: int) -> int:
 def squares(photos: Sequence[Photo], side: int, crops: int = 0, mirror: bool = False, seed: int = 0) -> list[Photo]:
     """Every view of every photo as a square of the working size, those of a photo side by side.
 
-    The first view is the largest square, in the middle or around the mask; `crops` random smaller ones follow, then
-    with `mirror` the mirrored twins of all of them.
+    The first view is the largest square, in the middle or around the mask; `crops` random smaller ones follow, which
+    hold the mask's centre, then with `mirror` the mirrored twins of all of them.
     """
     generator = torch.Generator().manual_seed(seed)
     views = []
@@ -104,7 +105,7 @@ def _photo(number: int, picture: Tensor, mask: Tensor | None, caption: str) -> P
         raise ValueError(f"Image {number} holds values that are not numbers.")
     if mask is None and channels == 4:
         mask = picture[..., 3]
-    if mask is not None and not bool(mask.any()):
+    if mask is not None and bool(mask.min() == mask.max()):
         mask = None
     if mask is not None and mask.shape != (height, width):
         raise ValueError(f"Mask {number} is {mask.shape[1]}×{mask.shape[0]} pixels, image {number} {width}×{height}; "
@@ -117,18 +118,24 @@ def _boxes(photo: Photo, crops: int, generator: torch.Generator) -> Iterator[tup
     """Top, left and side of each square to cut out."""
     height, width, _ = photo.picture.shape
     short = min(height, width)
-    centre = (height / 2, width / 2)
-    if photo.mask is not None:
-        ys, xs = photo.mask.nonzero(as_tuple=True)
-        centre = (ys.float().mean().item(), xs.float().mean().item())
-    yield (_start(centre[0], short, height), _start(centre[1], short, width), short)
-    for scale, y, x in torch.rand(crops, 3, generator=generator).tolist():
+    centre = None if photo.mask is None else photo.mask.nonzero().float().mean(0).tolist()
+    middle = centre or (height / 2, width / 2)
+    yield (_start(middle[0], short, height), _start(middle[1], short, width), short)
+    for scale, *share in torch.rand(crops, 3, generator=generator).tolist():
         crop = max(1, round(short * (SMALLEST_CROP + (1 - SMALLEST_CROP) * scale)))
-        yield (round(y * (height - crop)), round(x * (width - crop)), crop)
+        top, left = (round(of * (length - crop)) for of, length in zip(share, (height, width), strict=True))
+        if centre:
+            top, left = (_over(start, at, crop) for start, at in zip((top, left), centre, strict=True))
+        yield (top, left, crop)
 
 
 def _start(centre: float, crop: int, length: int) -> int:
     return min(max(0, round(centre - crop / 2)), length - crop)
+
+
+def _over(start: int, centre: float, crop: int) -> int:
+    """The nearest start of a crop that holds the subject's centre."""
+    return min(max(start, int(centre) + 1 - crop), int(centre))
 
 
 def _cut(photo: Photo, top: int, left: int, crop: int, side: int) -> Photo:

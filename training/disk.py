@@ -23,7 +23,9 @@ def write_whole(path: Path, data: bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise ValueError(f"{path} could not be written: {error.strerror or error}.") from error
+        refused = isinstance(error, PermissionError) and temporary is not None  # only to replace what is there
+        advice = "; it may be in use: choose another name, or turn overwrite off" if refused else ""
+        raise ValueError(f"{path} could not be written: {error.strerror or error}{advice}.") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Every random choice of a training step as a function of (seed, step), so that any step can be made again."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,12 @@ class Batch:
     photos: Tensor
     views: Tensor
     lot: int
+
+    def parts(self, size: int) -> Iterator["Batch"]:
+        """The batch in pieces of at most `size` samples."""
+        for pieces in zip(*(t.split(size) for t in (self.latents, self.noise, self.timesteps, self.photos, self.views)),
+                          strict=True):
+            yield Batch(*pieces, self.lot)
 
 
 def draw(latents: Tensor, levels: int, batch_size: int, seed: int, step: int) -> Batch:

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from .dataset import Photo
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 READ = (*ENDINGS, ".txt")
 MASK_ENDINGS = (".mask.png", "-mask.png", "_mask.png")
-REPEATS = re.compile(r"(\d+)_.*")
+REPEATS = re.compile(r"(\d{1,3})_.*")  # 2024_summer is no number of repeats
 
 
 def read_folder(folder: Path) -> list[Photo]:
@@ -24,7 +25,8 @@ def read_folder(folder: Path) -> list[Photo]:
     A photo's caption is the .txt of its name; its mask is name.mask.png, white on the subject, else its alpha channel.
     Raises ValueError that names the folder or file that cannot be used.
     """
-    photos = [read_photo(path) for path in pictures_in(folder)]
+    read = cache(read_photo)
+    photos = [read(path) for path in pictures_in(folder)]
     if not photos:
         raise ValueError(f"There are no pictures in {folder.name} (of {', '.join(e[1:] for e in ENDINGS)}).")
     return photos
@@ -44,9 +46,18 @@ def pictures_in(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         repeats = REPEATS.fullmatch(path.name)
         if path.is_dir() and repeats:
-            yield from [inner for inner in pictures_in(path) for _ in range(int(repeats[1]))]
-        elif path.suffix.lower() in ENDINGS and not path.name.lower().endswith(MASK_ENDINGS):
+            yield from [inner for inner in own_pictures(path) for _ in range(int(repeats[1]))]
+        elif _is_picture(path):
             yield path
+
+
+def own_pictures(folder: Path) -> Iterator[Path]:
+    """The pictures of a folder without the masks among them."""
+    yield from filter(_is_picture, sorted(folder.iterdir()))
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in ENDINGS and not path.name.lower().endswith(MASK_ENDINGS)
 
 
 def read_photo(path: Path) -> Photo:

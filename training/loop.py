@@ -31,7 +31,8 @@ class Method(Protocol):
 class Plan:
     """How long and on what scale to train.
 
-    `levels` is the number of noise levels of the model; `accumulation` batches make one step.
+    `levels` is the number of noise levels of the model; `accumulation` batches make one step. The model sees at most
+    `at_once` samples of a batch together, all of them at 0: less memory for the same step.
     """
 
     steps: int
@@ -42,6 +43,7 @@ class Plan:
     optimiser: str = "AdamW"
     schedule: str = "cosine"
     warmup: int = 0
+    at_once: int = 0
 
 
 class Diverged(ValueError):
@@ -106,11 +108,13 @@ def _gradients(method: Method, latents: Tensor, plan: Plan, optimiser: torch.opt
     total = 0.0
     for part in range(plan.accumulation):
         batch = draw(latents, plan.levels, plan.batch_size, plan.seed, step * plan.accumulation + part)
-        loss = method.loss(batch).mean() / plan.accumulation
-        if not loss.requires_grad:
-            raise NoGradient()
-        loss.backward()
-        total += loss.item()  # waits for the device
+        for piece in batch.parts(plan.at_once or plan.batch_size):
+            share = len(piece.latents) / (plan.batch_size * plan.accumulation)
+            loss = method.loss(piece).mean() * share
+            if not loss.requires_grad:
+                raise NoGradient()
+            loss.backward()
+            total += loss.item()  # waits for the device
     return total
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.utils import cpp_extension
 
 SOURCE = Path(__file__).with_name("card.cpp")
-TOTAL = 8 * 2**30  # bytes
+TOTAL = int(os.environ.get("CONCEPTS_CARD_BYTES", 8 * 2**30))
 
 
 def built() -> Path:

@@ -167,6 +167,16 @@ def test_a_folder_that_cannot_be_written(folder, permissions):
     assert in_one_sentence(error) and not list(folder.iterdir())
 
 
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="Only root can give a file to another user")
+def test_a_file_that_may_not_be_replaced(folder):
+    """As on Windows while a program has it open."""
+    folder.chmod(0o1777)
+    before = save(WORD, folder, "mine").read_bytes()
+    with an_ordinary_user(), pytest.raises(ValueError, match="it may be in use: choose another name, or ") as error:
+        save(WORD, folder, "mine", overwrite=True)
+    assert in_one_sentence(error) and [path.read_bytes() for path in folder.iterdir()] == [before]
+
+
 def test_a_file_name_that_no_disk_takes(tmp_path):
     with pytest.raises(ValueError, match="could not be written: ") as error:
         save(WORD, tmp_path, "x" * 300)

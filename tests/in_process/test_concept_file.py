@@ -1,6 +1,8 @@
 """Concept files: byte-equal round trips, the true sizes, and one sentence for every kind of damage."""
 
+import copy
 import json
+import os
 import random
 import re
 import struct
@@ -122,6 +124,11 @@ def test_what_is_loaded_is_its_own_and_can_be_trained(tmp_path):
         loaded = load(path)
     path.write_bytes(b"")
     assert not loaded.edit.target_input.is_inference() and loaded.edit.target_input.isfinite().all()
+
+
+@pytest.mark.parametrize("made", [concept(), concept().words[0], concept().edit, Difference({})])
+def test_deep_copies_share_what_was_learned(made):
+    assert copy.deepcopy([made]) == [made]
 
 
 def test_names_and_header(tmp_path):
@@ -436,6 +443,14 @@ def test_nodes_save_and_load_both_kinds(models):
         ConceptsLoad.execute(name="concepts/gone.safetensors", placeholder="")
     with pytest.raises(ValueError, match="layout 'diffusers' is for learned words, and <mine> is more than a word"):
         ConceptsSave.execute(concept=concept(), name="mine", overwrite=False, layout="diffusers")
+
+
+def test_subfolders_are_listed_with_slashes_on_every_system(models, monkeypatch):
+    path = models / "embeddings" / "people\\anna.safetensors"  # as Windows names a file in a subfolder
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    monkeypatch.setattr(os, "sep", "\\")
+    assert listed() == ["people/anna.safetensors"]
 
 
 @pytest.mark.parametrize("edit", [concept().edit, Difference({}, {})])

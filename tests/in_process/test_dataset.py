@@ -52,8 +52,23 @@ def test_alpha_is_the_mask_where_none_is_given():
     assert torch.equal(gather([picture], [own])[0].mask, own[0])
 
 
-def test_an_empty_mask_of_load_image_counts_as_none():
-    assert gather([torch.rand(1, 96, 80, 3)], [torch.zeros(1, 64, 64)])[0].mask is None
+@pytest.mark.parametrize("mask", [torch.zeros(1, 64, 64), torch.ones(1, 64, 64), torch.ones(1, 96, 80)])
+def test_a_mask_that_is_the_same_everywhere_counts_as_none(mask):
+    """Load Image gives such masks for pictures without alpha, Invert Mask turns them over, Load Concept Photos too."""
+    assert gather([torch.rand(1, 96, 80, 3)], [mask])[0].mask is None
+
+
+def test_an_opaque_picture_has_no_mask():
+    picture = torch.rand(1, 64, 64, 4)
+    picture[..., 3] = 1
+    assert gather([picture])[0].mask is None
+
+
+def test_crops_hold_the_masked_thing():
+    wide, mask = torch.rand(1, 64, 400, 3), torch.zeros(1, 64, 400)
+    mask[:, 20:40, 300:320] = 1
+    views = squares(gather([wide], [mask]), 64, crops=16)
+    assert len(views) == 17 and all(view.mask.sum() > 100 for view in views)
 
 
 def test_views_stay_beside_their_photo():

@@ -3,6 +3,7 @@ picture to word and from offsets to weights, and what cannot be imported is one 
 
 import copy
 import json
+from contextlib import contextmanager
 
 import comfy.utils
 import folder_paths
@@ -108,19 +109,34 @@ def published_words(encoder, pictures, unet):
     return published_encoder(encoder, pooled.expand(len(unet), -1), tokens.expand(len(unet), -1, -1), unet)
 
 
+@contextmanager
+def offset_as_published(unet):
+    """The UNet that e4t-diffusion's encoder hears: the one with the offsets, which also denoises."""
+    layers = {name: attention_matrices(unet)[MATRICES[name]] for name, _, _ in matrices(CHANNELS, WIDTH)}
+    before = {name: layer.weight.data for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.weight.data = before[name] * (1 + published_offset(OFFSETS, name))
+    yield
+    for name, layer in layers.items():
+        layer.weight.data = before[name]
+
+
 def check_words(domain, whole_model, clip, tolerance):
     """v(x, t) of the predictor against the published formula."""
     generator = torch.Generator().manual_seed(1)
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
     timesteps = torch.tensor([30, 500, 980])
     with private_copies(whole_model, clip) as (unet, text), torch.no_grad():
-        predictor = Predictor(unet, text, domain.word, domain.encoder, {}, domain.scale, torch.zeros(0, 0))
-        features = unet_features(unet.model, latents, noise, timesteps, *predictor.empty)
+        predictor = Predictor(unet, text, domain.word, domain.encoder, domain.offsets, domain.scale, torch.zeros(0, 0))
+        plain = unet_features(unet.model, latents, noise, timesteps, *predictor.empty)
+        with offset_as_published(unet.model.diffusion_model):
+            features = unet_features(unet.model, latents, noise, timesteps, *predictor.empty)
         seen = domain.encoder.seen(pictures(), Vision(from_open_clip(VISION_WEIGHTS)))
         found = predictor.words(predictor.predict(seen, latents, noise, timesteps))["clip_l"][:, 0]
         class_word = rows(text, "cat")["clip_l"]
         predictor.installed.close()
     assert features.shape == (3, UNET) and seen.shape == (1, WIDTH)
+    assert (features - plain).abs().max() > 0.01 * plain.abs().max()
     moved = 0.1 * published_words(weights(), pictures(), features)
     assert (found - class_word - moved).abs().max() < tolerance * moved.abs().max()
     assert (moved[0] - moved[2]).abs().max() > 10 * tolerance * moved.abs().max()  # it hears the timestep

@@ -91,6 +91,25 @@ def test_loras_count_in_either_order(model):
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_merged_weights_are_changed_whole(model, ratio):
+    """With a LoRA behind the merge, which is added afterwards."""
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    offsets, second = random_offsets(model), model.clone()
+    generator = torch.Generator().manual_seed(2)
+    second.add_patches({f"diffusion_model.{layer}.weight": (torch.randn(shape, generator=generator),)
+                        for layer, shape in matrix_shapes(model).items()})
+    with torch.inference_mode():
+        (merged,) = ModelMergeSimple().merge(model, second, ratio)
+        with_one, key, difference = with_lora(merged)
+        before, after = weights_with(merged), weights_with(with_offsets(with_one, offsets, 1.0))
+    for layer, offset in offsets.items():
+        name = f"diffusion_model.{layer}.weight"
+        torch.testing.assert_close(after[name] - (difference if name == key else 0),
+                                   offset_weight(before[name], offset), rtol=1e-4, atol=1e-4)
+
+
 def test_training_computes_what_the_patch_gives(model, clip):
     offsets = random_offsets(model)
     generator = torch.Generator().manual_seed(0)

@@ -18,6 +18,7 @@ from concepts_pack.perfusion.edit import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 WIDTH, LAYER, CLOSE = 24, 10, 1e-9
 seeds = st.integers(0, 2**32 - 1)
@@ -286,6 +287,20 @@ def test_one_concept_twice_in_single_precision_stays_finite(seed):
     c = components(similarity(t(world.e).float(), i, dual), i, dual)
     assert c.dtype == torch.float32 and bool(c.isfinite().all())
     assert np.abs(inner(world, left_over(world, c.double()))).max() < 1e-3
+
+
+class NoDouble(TorchDispatchMode):
+    """Refuses double precision, as most devices do."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert (kwargs or {}).get("dtype") != torch.float64
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_device_without_double_precision_is_asked_for_none():
+    s, i = torch.zeros(7, 2, device="meta"), torch.zeros(2, WIDTH, device="meta")
+    with NoDouble():
+        assert components(s, i, i).dtype == torch.float32
 
 
 @pytest.mark.parametrize("concepts", [1, 3])

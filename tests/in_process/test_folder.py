@@ -72,7 +72,17 @@ def test_subfolders_with_a_number_repeat(folder):
     (folder / "notes").mkdir()
     for path in ("x.png", "3_cat/y.png", "notes/z.png"):
         RED.save(folder / path)
-    assert len(read_folder(folder)) == 4
+    photos = read_folder(folder)
+    assert len(photos) == 4
+    assert len({photo.picture.data_ptr() for photo in photos}) == 2  # repeats share their pixels
+
+
+@pytest.mark.parametrize("name", ["2024_summer", "20240712_trip"])
+def test_years_and_dates_are_no_numbers_of_repeats(folder, name):
+    (folder / name).mkdir()
+    for path in ("x.png", f"{name}/y.png"):
+        RED.save(folder / path)
+    assert len(read_folder(folder)) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + b"0" * 40])

@@ -80,6 +80,16 @@ def test_a_class_word_of_another_length(clip, length, class_word, places):
     assert keys_of(result).shape == result[0][0].shape
 
 
+def test_a_schedule_without_hooks_for_the_text_encoder(clip):
+    """The host makes one encoding for each part of the schedule of such hooks, and without them none."""
+    from comfy.hooks import HookGroup
+    from comfy_extras.nodes_hooks import SetClipHooks
+
+    (scheduled,) = SetClipHooks().apply_hooks(taught(clip), True, True, HookGroup())
+    with pytest.raises(ValueError, match=r"leave nothing to encode; turn schedule_clip off .*\.$"):
+        encode_with_global_keys(scheduled, "a <mine>")
+
+
 @pytest.mark.parametrize("class_word", ["cat", "teddy bear"])
 def test_words_around_a_section_border(clip, class_word):
     """A word that the longer class word pushes into the next section is still found there."""

@@ -144,6 +144,14 @@ def test_node_turns_a_concept_into_text_and_back(made):
     assert describe(text) in again.ui.as_dict()["text"][0]
 
 
+def test_node_reads_a_first_line_that_was_wrapped():
+    wrapped = TEXT.replace("\n", " ").replace(" ", "\r\n", 3)
+    output = ConceptsInline.execute(text=wrapped)
+    assert to_text(output.result[0]) == TEXT
+    *_, checksum = TEXT.split("\n")[0].split()
+    assert output.ui.as_dict()["text"][0].endswith(f"checksum {checksum}")
+
+
 @pytest.mark.parametrize("text", ["", "  \n"])
 def test_node_without_either(text):
     with pytest.raises(ValueError, match="There is no concept: paste one as text, or connect one."):

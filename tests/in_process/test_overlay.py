@@ -91,6 +91,34 @@ def test_longest_placeholder_wins_and_none_matches_inside_a_word(clip):
     assert [torch.equal(t, w.vectors["clip_l"][0]) for t, w in zip(found, (long, short), strict=True)] == [True, True]
 
 
+@pytest.mark.parametrize(("ours", "file"), [
+    ("a embedding:<one> b", "a embedding:one b"),
+    ("a embedding: <one>, b", "a embedding:one, b"),
+    ("(embedding:<one>:1.3)", "(embedding:one :1.3)"),
+    ("a embedding:ZWX, b", "a embedding:one, b"),
+    ("a embedding:zwx. embedding:zwx", "a embedding:one . embedding:one"),
+    ("a embedding:people/zwx and zwx", "a embedding:people/zwx and embedding:one"),
+    ("embedding:zwx/anna, embedding: zwx.bin", "embedding:zwx/anna, embedding:zwx.bin"),
+    ("embedding:other,zwx (embedding:other)zwx", "embedding:other, embedding:one (embedding:other) embedding:one"),
+    ("embedding:other<one>", "embedding:other embedding:one"),
+])
+def test_behind_the_sign_of_an_embedding(clip, embeddings, ours, file):
+    """A placeholder means its word there too, unless it is only a part of a file's name."""
+    one = word("<one>")
+    taught = with_words(clip, [one, Word("zwx", "cat", one.vectors)])
+    for seed, name in enumerate(("one", "other", "people/zwx", "zwx/anna", "zwx.bin")):
+        (embeddings / name).parent.mkdir(exist_ok=True)
+        save_file({"emb_params": word("x", seed=seed).vectors["clip_l"]}, embeddings / f"{name}.safetensors")
+    same_tokens(taught.tokenize(ours), clip.tokenize(file))
+    assert bool(words_in(taught, ours)) == ("embedding:one" in file)
+
+
+@pytest.mark.parametrize("text", ["a embedding:", "(embedding: :1.2) cat", "a embedding: embedding:<one>"])
+def test_the_sign_of_an_embedding_without_a_name(clip, text):
+    one = with_words(clip, [word("<one>")])
+    same_tokens(one.tokenize(text), one.tokenize(text.replace("embedding:", "")))
+
+
 def test_the_files_of_the_host_still_work(clip, embeddings):
     save_file({"emb_params": word("x", seed=5).vectors["clip_l"]}, embeddings / "other.safetensors")
     prompt = "a embedding:other, b"

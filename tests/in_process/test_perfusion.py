@@ -1,5 +1,6 @@
 """Edits on a real model: what they change, what they leave alone, and with what they go together."""
 
+import copy
 import re
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from concepts_pack.host.cross_attention import cross_attentions, overridden, sizes, with_edits
 from concepts_pack.perfusion.apply import applied, overrides
 from concepts_pack.perfusion.concept import Edit
+from concepts_pack.perfusion.covariance import encoder_fingerprint
 from concepts_pack.perfusion.inspection import gates
 from concepts_pack.perfusion.use import apply_concept, concept_hook
 from concepts_pack.textual_inversion.concept import Concept, Word
@@ -204,6 +206,33 @@ def test_keyframes_switch_at_their_step(model, hook, edit, prompts, strengths, t
     assert not torch.equal(expected, alone(model, prompts[0], steps=4))
 
 
+def test_a_plain_word_gives_no_hook(model, clip, hook, edit, prompts):
+    from comfy_extras.nodes_hooks import CombineHooks, ConditioningSetProperties, SetClipHooks
+
+    none, combine = keyed(hook(None), 0.5, 1.0), CombineHooks().combine_hooks
+    (positive,) = ConditioningSetProperties().set_properties(cond(prompts[0]), 1.0, "default", None,
+                                                             combine(none, hook(None))[0])
+    assert torch.equal(sample(model, positive, cond(prompts[1])), sample(model, cond(prompts[0]), cond(prompts[1])))
+    one = hook(edit)
+    assert torch.equal(alone(model, prompts[0], combine(none, one)[0]), alone(model, prompts[0], one))
+    (hooked,) = SetClipHooks().apply_hooks(clip, False, True, none)
+    (encoded, _), (expected, _) = (each.encode_from_tokens_scheduled(each.tokenize("a cat"))[0]
+                                   for each in (hooked, clip))
+    assert torch.equal(encoded, expected)
+
+
+def test_deep_copies_sample_the_same(model, hook, edit, precision, prompts):
+    """Some packs copy the options of a model, or a conditioning, before they change them."""
+    one = patched(model, edit, precision)
+    other = one.clone()
+    other.model_options = copy.deepcopy(one.model_options)
+    assert torch.equal(alone(other, prompts[0]), alone(one, prompts[0]))
+    assert not torch.equal(alone(one, prompts[0]), alone(model, prompts[0]))
+    hooked = cond(prompts[0], hooks=hook(edit))
+    results = [sample(model, positive, cond(prompts[1])) for positive in (hooked, copy.deepcopy(hooked))]
+    assert torch.equal(*results) and not torch.equal(results[0], sample(model, cond(prompts[0]), cond(prompts[1])))
+
+
 def test_the_same_concept_twice_acts_once(model, hook, edit, precision, prompts):
     from comfy_extras.nodes_hooks import CombineHooks
 
@@ -297,16 +326,36 @@ def test_patches_of_other_packs_still_run(model, edit, precision, prompts):
     assert torch.equal(sample(both, cond(prompts[0]), cond(prompts[1])), expected) and calls
 
 
-def test_compiled_models(model, edit, precision, prompts):
+@pytest.mark.parametrize("order", ["apply, compile", "compile, apply", "apply, compile, apply"])
+def test_compiled_models(model, edit, precision, prompts, order):
+    """In whichever order, as the host's wrapper puts a compiled UNet in place of the model's own."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     torch._dynamo.reset()
-    one = patched(model, edit, precision)
-    expected = sample(one, cond(prompts[0]), cond(prompts[1]), steps=1)
-    compiled = one.clone()
-    set_torch_compile_wrapper(compiled, backend="eager")
+    second = edit_of(model, prompts[0][0, 4].clone(), seed=8)
+    edits = [applied(edit, precision, "<mine>"), applied(second, precision, "<two>")][:order.count("apply")]
+    expected = sample(with_edits(model, edits, overrides), cond(prompts[0]), cond(prompts[1]), steps=1)
+    compiled = model.clone()
+    for step in order.split(", "):
+        if step == "apply":
+            compiled = with_edits(compiled, [edits.pop(0)], overrides)
+        else:
+            set_torch_compile_wrapper(compiled, backend="eager")
     torch.testing.assert_close(sample(compiled, cond(prompts[0]), cond(prompts[1]), steps=1), expected,
                                rtol=1e-4, atol=1e-4)
+
+
+def test_layers_keep_their_names_when_compiled():
+    """One block of the UNet, and the UNet around it."""
+    from concepts_pack.host.weight_offsets import attention_matrices
+
+    unet = make_model().model.diffusion_model
+    matrices, blocks = attention_matrices(unet), unet.middle_block[1].transformer_blocks
+    blocks[0] = torch.compile(blocks[0], backend="eager")
+    compiled = torch.compile(unet, backend="eager")
+    assert attention_matrices(compiled) == matrices
+    assert {f"{name}.attn2.to_v": attention.to_v for name, attention in cross_attentions(compiled).items()} == {
+        name: layer for name, layer in matrices.items() if name.endswith("attn2.to_v")}
 
 
 def test_merged_models(model, edit, precision, prompts):
@@ -448,6 +497,19 @@ def said(caplog):
 
     with caplog.at_level("WARNING", "concepts"):
         yield look
+
+
+def test_another_clip_skip_is_named(model, clip, edit, precision, said, monkeypatch):
+    monkeypatch.setattr("concepts_pack.perfusion.use.precision", lambda clip: precision)
+    word, skipped = Word("<mine>", "cat", {"clip_l": torch.ones(1, WIDTH)}), clip.clone()
+    skipped.clip_layer(-2)
+    known = Concept((word,), replace(edit, encoder=encoder_fingerprint(clip)), BASE)
+    for use in (apply_concept, concept_hook):
+        use(model, clip, known, 1.0)
+        assert said() == []
+        use(model, skipped, known, 1.0)
+        (message,) = said()
+        assert "<mine>" in message and "CLIP Set Last Layer" in message
 
 
 def test_a_prompt_that_forgot_the_word_is_named(model, edit, precision, prompts, said):

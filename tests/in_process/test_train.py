@@ -162,3 +162,21 @@ def test_sage_attention_is_replaced_while_training(model, clip, vae, photos, mon
     monkeypatch.setattr(comfy.cli_args.args, "use_sage_attention", True)
     lesson = learn_word(model, clip, vae, gather([photos]), recipe(), QUICK)
     torch.testing.assert_close(lesson.losses, expected.losses, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_batch_in_pieces_is_the_same_step(velocity_model, clip, accumulation):
+    """What small cards do is what others do, up to rounding."""
+    latents, ends = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
+    with private_copies(velocity_model, clip) as (unet, text):
+        for at_once in (0, 1, 2):
+            method = WordMethod(unet, text, recipe(sentences=("{}",)), Lessons(latents, None, ("",) * 3))
+            plan = Plan(2, 3, 0, 1000, accumulation, optimiser="SGD", at_once=at_once)
+            losses = train(method, latents, plan, lambda losses: None)
+            ends.append((torch.tensor(losses), method.leaves["clip_l"].detach()))
+    start = rows(clip, "cat")["clip_l"]
+    moved = [end - start for _, end in ends]
+    assert moved[0].abs().max() > 0
+    for (losses, _), way in zip(ends[1:], moved[1:], strict=True):
+        torch.testing.assert_close(losses, ends[0][0], rtol=1e-4, atol=0)
+        torch.testing.assert_close(way, moved[0], rtol=1e-2, atol=1e-3 * moved[0].abs().max().item())
