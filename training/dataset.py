@@ -51,6 +51,11 @@ def gather(images: Sequence[Tensor], masks: Sequence[Tensor] = (), captions: Seq
             for number, parts in enumerate(zip(pictures, single_masks, captions, strict=True), 1)]
 
 
+def telling(mask: Tensor | None) -> Tensor | None:
+    """A mask, unless it is the same everywhere and so says nothing of where the subject is."""
+    return None if mask is None or bool(mask.min() == mask.max()) else mask
+
+
 def working_side(photos: Sequence[Photo], asked: int, largest: int) -> int:
     """The side of the training square in pixels: `asked`, or for 0 the photos' own size up to `largest`."""
     own = int(median(min(photo.picture.shape[:2]) for photo in photos))
@@ -105,8 +110,7 @@ def _photo(number: int, picture: Tensor, mask: Tensor | None, caption: str) -> P
         raise ValueError(f"Image {number} holds values that are not numbers.")
     if mask is None and channels == 4:
         mask = picture[..., 3]
-    if mask is not None and bool(mask.min() == mask.max()):
-        mask = None
+    mask = telling(mask)
     if mask is not None and mask.shape != (height, width):
         raise ValueError(f"Mask {number} is {mask.shape[1]}×{mask.shape[0]} pixels, image {number} {width}×{height}; "
                          "they must be of one size.")

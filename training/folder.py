@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .dataset import Photo
+from .dataset import Photo, telling
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 READ = (*ENDINGS, ".txt")
@@ -70,7 +70,7 @@ def read_photo(path: Path) -> Photo:
             raise ValueError(f"{beside.name} is {mask.shape[1]}×{mask.shape[0]} pixels, {path.name} "
                              f"{picture.shape[1]}×{picture.shape[0]}; they must be of one size.")
     caption = path.with_suffix(".txt")
-    return Photo(picture, mask, caption.read_text("utf-8", "replace").strip() if caption.exists() else "")
+    return Photo(picture, telling(mask), caption.read_text("utf-8", "replace").strip() if caption.exists() else "")
 
 
 def _pixels(path: Path) -> tuple[Tensor, Tensor | None]:

@@ -55,6 +55,13 @@ def test_alpha_is_the_mask(folder):
     assert only(folder).mask.min() < 0.1 and only(folder).mask.max() > 0.9
 
 
+@pytest.mark.parametrize("shade", [0, 255])
+def test_a_mask_that_says_nothing_is_none(folder, shade):
+    RED.save(folder / "x.png")
+    Image.new("L", RED.size, shade).save(folder / "x.mask.png")
+    assert only(folder).mask is None
+
+
 def test_an_animation_gives_its_first_frame(folder):
     RED.save(folder / "x.gif", save_all=True, append_images=[Image.new("RGB", (48, 40), (0, 0, 255))])
     assert only(folder).picture[0, 0].tolist() == pytest.approx([1, 0, 0], abs=0.05)
