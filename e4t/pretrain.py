@@ -375,6 +375,8 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
     model, clip, vae = checkpoint
     if is_empty(vae):
         raise ValueError(f"{args.checkpoint.name} has no VAE, which the pictures are encoded with.")
+    base_name(model)
+    check_pair(model, clip)
     name = file_name(args.name, args.word)
     output, name = (args.output, name) if args.output else (domains_folder(), free_name(DOMAINS, name, ENDING))
     workers = Workers()
@@ -414,7 +416,10 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
 def main() -> None:
     args = parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    run(args, load_checkpoint(args.checkpoint))
+    try:
+        run(args, load_checkpoint(args.checkpoint))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -1,9 +1,26 @@
-"""The host's progress bar, live picture and Cancel button."""
+"""The host's progress bar, live picture, Cancel button and text under a node."""
+
+from html import escape
 
 from comfy.model_management import InterruptProcessingException, throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
+from comfy_api.latest import ui
+from comfy_execution.utils import get_executing_context
 
-__all__ = ["Cancelled", "ProgressBar", "stop_if_cancelled"]
+__all__ = ["Cancelled", "ProgressBar", "shown", "stop_if_cancelled"]
 
 Cancelled = InterruptProcessingException  # a BaseException: `except Exception` does not see it
 stop_if_cancelled = throw_exception_if_processing_interrupted
+
+
+def shown(text: str) -> ui.PreviewText:
+    """`text` as a node's output for whoever reads it there, also put under the node that is executing.
+
+    The editor draws output texts of few nodes, none of them ours, and what is put under a node it takes as HTML.
+    """
+    if executing := get_executing_context():
+        from server import PromptServer  # programs without a server do not load it
+
+        server = PromptServer.instance
+        server.send_progress_text(escape(text, quote=False), executing.node_id, server.client_id)
+    return ui.PreviewText(text)

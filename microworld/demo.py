@@ -13,8 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-from client import Client, ComfyError, choose, to_prompt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # isolated Pythons, such as Windows portable's, lack it
+from client import Client, ComfyError, choose, to_prompt  # noqa: E402
 
 WORKFLOW = Path(__file__).parents[1] / "example_workflows" / "textual_inversion.json"
 SLIDER = WORKFLOW.with_name("perfusion_slider.json")

@@ -15,7 +15,7 @@ import torch
 from . import text
 
 WEIGHTS = Path(__file__).parent / "weights"
-CHECKPOINT = WEIGHTS / "microworld.safetensors"
+CHECKPOINT = WEIGHTS / "checkpoints" / "microworld.safetensors"
 TOKEN_TABLE = "clip_l.transformer.text_model.embeddings.token_embedding.weight"
 
 
@@ -90,5 +90,5 @@ def register() -> None:
     """Make loaders find and recognise the sample model and its E4T domain. Calling it twice changes nothing."""
     if not any(model.__qualname__ == Microworld.__qualname__ for model in comfy.supported_models.models):
         comfy.supported_models.models.append(Microworld)
-    folder_paths.add_model_folder_path("checkpoints", str(WEIGHTS))
+    folder_paths.add_model_folder_path("checkpoints", str(CHECKPOINT.parent))
     folder_paths.add_model_folder_path("e4t", str(WEIGHTS / "domains"))

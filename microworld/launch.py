@@ -42,7 +42,8 @@ def load_pack():
 
 def main() -> None:
     script = Path(sys.argv[1]).resolve().relative_to(ROOT).with_suffix("")
-    sys.path.remove(str(Path(__file__).resolve().parent))
+    here = str(Path(__file__).resolve().parent)  # which isolated Pythons, such as Windows portable's, leave out
+    sys.path[:] = [path for path in sys.path if path != here]
     arguments, sys.argv = sys.argv[2:], sys.argv[:1]
     use_host()
     load_pack()

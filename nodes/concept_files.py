@@ -3,12 +3,13 @@
 from pathlib import Path
 from types import ModuleType
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from safetensors import SafetensorError, safe_open
 
 from ..e4t import difference_file
 from ..e4t.difference import Difference
 from ..host.folders import concepts_folder, embeddings_folder, file_names, file_path, loras_folder
+from ..host.progress import shown
 from ..perfusion import file as edit_file
 from ..perfusion.use import names
 from ..textual_inversion import file
@@ -16,6 +17,14 @@ from ..textual_inversion.concept import Concept as ConceptValue
 from .sockets import Concept
 
 EDITS = "concepts/"  # in front of the names of files in models/concepts, beside those in models/embeddings
+
+
+def usable(name: str | None) -> bool | str:
+    """Whether a file can have this name, or why not; a linked one (None) is not known before its node has run."""
+    try:
+        return name is None or bool(file.checked_name(name))
+    except ValueError as error:
+        return str(error)
 
 
 class ConceptsSave(io.ComfyNode):
@@ -57,6 +66,11 @@ class ConceptsSave(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        """A name that cannot be saved under is told before anything is learned for it."""
+        return usable(name)
+
+    @classmethod
     def execute(cls, concept: ConceptValue, name: str, overwrite: bool,
                 layout: str = file.DEFAULT_LAYOUT) -> io.NodeOutput:
         if concept.edit is not None:
@@ -66,9 +80,9 @@ class ConceptsSave(io.ComfyNode):
             folder = concepts_folder()
             writer = difference_file if isinstance(concept.edit, Difference) else edit_file
             path = writer.save(concept, folder, name, overwrite)
-            text, shown = concept.words[0].placeholder, _listed(path.relative_to(folder).as_posix(), _words())
-            return io.NodeOutput(text, ui=ui.PreviewText(
-                f"Saved: choose {shown} in Load Concept, connect Apply Concept and write {text} in the prompt."
+            text, listed = concept.words[0].placeholder, _listed(path.relative_to(folder).as_posix(), _words())
+            return io.NodeOutput(text, ui=shown(
+                f"Saved: choose {listed} in Load Concept, connect Apply Concept and write {text} in the prompt."
             ))
         if file.checked_name(name).startswith(EDITS):
             raise ValueError(f"Load Concept lists files of models/concepts as {EDITS}name, so a word cannot be called "
@@ -76,7 +90,7 @@ class ConceptsSave(io.ComfyNode):
         folder = embeddings_folder()
         path = file.save(concept, folder, name, overwrite, layout)
         text = f"embedding:{path.relative_to(folder).with_suffix('').as_posix()}"
-        return io.NodeOutput(text, ui=ui.PreviewText(f"Saved: write {text} in any prompt."))
+        return io.NodeOutput(text, ui=shown(f"Saved: write {text} in any prompt."))
 
 
 class ConceptsLoad(io.ComfyNode):
@@ -186,6 +200,11 @@ class ConceptsBundle(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        """A name that cannot be saved under is told before anything is learned for it."""
+        return usable(name)
+
+    @classmethod
     def execute(cls, concept: ConceptValue, lora: str, name: str, overwrite: bool) -> io.NodeOutput:
         if concept.edit is not None:
             raise ValueError(f"{concept.words[0].placeholder} is more than the word that fits into a LoRA; use Export "
@@ -193,7 +212,7 @@ class ConceptsBundle(io.ComfyNode):
         folder = loras_folder()
         path = file.bundle(concept, file_path("loras", lora), folder, name, overwrite)
         saved = path.relative_to(folder).as_posix()
-        return io.NodeOutput(saved, ui=ui.PreviewText(f"Saved {saved} in models/loras."))
+        return io.NodeOutput(saved, ui=shown(f"Saved {saved} in models/loras."))
 
 
 def _names() -> list[str]:

@@ -1,9 +1,10 @@
 """Export Concept as LoRA."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..host.cross_attention import sizes
 from ..host.folders import loras_folder
+from ..host.progress import shown
 from ..perfusion.file import check_fits
 from ..perfusion.linear import linear_dual
 from ..perfusion.lora import to_bytes, to_lora
@@ -11,6 +12,7 @@ from ..textual_inversion.concept import Concept as ConceptValue
 from ..textual_inversion.file import checked_name, free_path
 from ..training.disk import write_whole
 from .applying import require_no_difference
+from .concept_files import usable
 from .sockets import Concept, require_clip
 
 
@@ -46,6 +48,11 @@ class ConceptsExportLora(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        """A name that cannot be saved under is told before anything is learned for it."""
+        return usable(name)
+
+    @classmethod
     def execute(cls, model, clip, concept: ConceptValue, name: str, strength: float, overwrite: bool) -> io.NodeOutput:
         require_clip(clip)
         require_no_difference(concept, "this node does not write as a LoRA")
@@ -57,4 +64,4 @@ class ConceptsExportLora(io.ComfyNode):
         path = free_path(loras_folder(), name, ".safetensors", overwrite)
         write_whole(path, to_bytes(tensors, concept))
         saved = path.relative_to(loras_folder()).as_posix()
-        return io.NodeOutput(saved, ui=ui.PreviewText(f"Saved {saved} in models/loras."))
+        return io.NodeOutput(saved, ui=shown(f"Saved {saved} in models/loras."))

@@ -1,12 +1,13 @@
 """Import E4T."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..e4t import domain
 from ..e4t.import_release import domain_of, report
 from ..e4t.release import read_release
 from ..host.clip_vision import Vision, from_open_clip
 from ..host.folders import DOMAINS, domains_folder, folder_path, folders_with, free_name
+from ..host.progress import shown
 from .sockets import Domain
 
 
@@ -69,4 +70,4 @@ class ConceptsImportE4T(io.ComfyNode):
         path = domain.save(made, domains_folder(), file, overwrite=True)
         listed, size = path.relative_to(domains_folder()).as_posix(), path.stat().st_size
         said = f"{report(release, made.vision)}\nSaved {size / 1e6:.0f} MB: choose {listed} in Load E4T Domain."
-        return io.NodeOutput(domain.load(path), eye, said, ui=ui.PreviewText(said))
+        return io.NodeOutput(domain.load(path), eye, said, ui=shown(said))

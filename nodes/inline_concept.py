@@ -1,7 +1,8 @@
 """Inline Concept."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
+from ..host.progress import shown
 from ..perfusion.inline import describe, from_text, to_text
 from .applying import require_no_difference
 from .sockets import Concept
@@ -43,4 +44,4 @@ class ConceptsInline(io.ComfyNode):
             require_no_difference(concept, "is too large for a workflow")
         concept, text = (from_text(text), text) if concept is None else (concept, to_text(concept))
         said = f"{concept.words[0].placeholder}: {describe(text.strip())}"
-        return io.NodeOutput(concept, text, ui=ui.PreviewText(said))
+        return io.NodeOutput(concept, text, ui=shown(said))

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io, ui
 
+from ..host.progress import shown
 from ..perfusion.apply import BIAS
 from ..perfusion.concept import Edit
 from ..perfusion.inspection import gate_bars, gates
@@ -52,8 +53,7 @@ class ConceptsInspect(io.ComfyNode):
         page = report(clip, concept)
         if not isinstance(concept.edit, Edit):
             told = to_tensor(gate_bars([], "Only Perfusion concepts have gates."))
-            return io.NodeOutput(page, told, ui=ui.PreviewText(page))
+            return io.NodeOutput(page, told, ui=shown(page))
         text = prompt.replace("{}", concept.words[0].placeholder)
         picture = to_tensor(gate_bars(gates(clip, concept, text, bias), f"gates at bias {bias:g}"))
-        shown = ui.PreviewText(page).as_dict() | ui.PreviewImage(picture, cls=cls).as_dict()
-        return io.NodeOutput(page, picture, ui=shown)
+        return io.NodeOutput(page, picture, ui=shown(page).as_dict() | ui.PreviewImage(picture, cls=cls).as_dict())

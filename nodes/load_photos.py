@@ -1,9 +1,10 @@
 """Load Concept Photos."""
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..host.folders import input_subfolder, input_subfolders
+from ..host.progress import shown
 from ..training.folder import fingerprint, read_folder
 
 
@@ -50,4 +51,4 @@ class ConceptsLoadPhotos(io.ComfyNode):
         masks = [(torch.ones(photo.picture.shape[:2]) if photo.mask is None else photo.mask)[None] for photo in photos]
         masked, captioned = sum(p.mask is not None for p in photos), sum(bool(p.caption) for p in photos)
         said = f"{len(photos)} photos, {masked} with a mask, {captioned} with a caption"
-        return io.NodeOutput(images, masks, [photo.caption for photo in photos], ui=ui.PreviewText(said))
+        return io.NodeOutput(images, masks, [photo.caption for photo in photos], ui=shown(said))

@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..e4t import domain
 from ..e4t.pretrain import Keeping, Recipe, pretrain
 from ..e4t.samples import read_samples
-from ..host.bases import native_side
+from ..host.bases import base_name, check_pair, native_side
 from ..host.clip_vision import Vision
 from ..host.copies import fingerprint, memory_is_short
 from ..host.folders import DOMAINS, domains_folder, free_name, input_subfolder, input_subfolders, states_folder
 from ..host.pictures import is_empty, vae_encode
-from ..host.progress import ProgressBar, stop_if_cancelled
+from ..host.progress import ProgressBar, shown, stop_if_cancelled
 from ..microworld.domain import DOMAINS as SAMPLE_WORDS
 from ..microworld.domain import write_instance
 from ..perfusion.covariance import precision
@@ -113,6 +113,8 @@ class ConceptsPretrainE4T(io.ComfyNode):
         if clip is None or is_empty(vae):
             raise ValueError("Pretraining needs the checkpoint's text encoder (CLIP) and its VAE; one of them is "
                              "missing in this file.")
+        base_name(model)
+        check_pair(model, clip)
         side = resolution or native_side(model)
         recipe = Recipe(word, steps, batch_size=batch_size, seed=seed, rate=rate, offset_rate=rate,
                         regulariser=regulariser, side=min(side, 224))
@@ -133,4 +135,4 @@ class ConceptsPretrainE4T(io.ComfyNode):
                            recompute=memory_is_short(model), watch=watch)
         domain.save(learned, domains_folder(), file, overwrite=True)
         said = f"Saved: choose {file}{domain.ENDING} in Load E4T Domain."
-        return io.NodeOutput(learned, ui=ui.PreviewText(said))
+        return io.NodeOutput(learned, ui=shown(said))

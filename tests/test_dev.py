@@ -189,6 +189,14 @@ def test_run_imports_the_pack_in_the_host(env, host):
     assert code == 2 and "invalid int value: 'none'" in said
 
 
+@pytest.mark.parametrize("arguments", [["microworld/demo.py"], ["microworld/launch.py", "microworld/domain.py"]])
+def test_an_isolated_python_will_do(env, host, arguments):
+    """As Windows portable's is, which does not look for modules beside a script."""
+    said = subprocess.run([sys.executable, "-I", *arguments, "--help"], cwd=ROOT, capture_output=True, text=True,
+                          env={**env, "COMFYUI_PATH": str(host.path)}, check=True).stdout
+    assert said.startswith("usage: ")
+
+
 def test_run_in_several_processes(env, host):
     code, said = cli(using(env, host), "run", "--processes", "2", "e4t/pretrain.py", "--help")
     assert code == 0 and said.count("usage: ") == 2

@@ -1,5 +1,6 @@
 """The pack in a real server over HTTP, as the editor drives it."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import aiohttp
 import pytest
 import torch
 from concepts_pack.microworld.client import ComfyError, choose, to_prompt
@@ -44,6 +46,20 @@ def example(info, name="textual_inversion", steps=2):
 def the(prompt, kind):
     """Return the inputs of the node of this type."""
     return next(node["inputs"] for node in prompt.values() if node["class_type"] == kind)
+
+
+async def texts(client, prompt):
+    """What the server puts under nodes while it runs a prompt, by node."""
+    address, found = f"{client.url}/ws?clientId={client.id}", {}
+    async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as socket:
+        await asyncio.to_thread(client.post, "/prompt", {"prompt": prompt, "client_id": client.id})
+        async for message in socket:
+            if message.type is aiohttp.WSMsgType.BINARY and message.data[:4] == bytes([0, 0, 0, 3]):
+                start = 8 + int.from_bytes(message.data[4:8])
+                found[message.data[8:start].decode()] = message.data[start:].decode()
+            elif message.type is aiohttp.WSMsgType.TEXT and message.json()["type"] == "executing":
+                if message.json()["data"]["node"] is None:
+                    return found
 
 
 def still_works(client):
@@ -103,6 +119,26 @@ def test_bad_input_is_refused_in_one_sentence(client, info):
         client.run(prompt)
     assert TRAIN in str(error.value) and "\n" not in str(error.value)
     assert still_works(client)
+
+
+@pytest.mark.parametrize("name", ["my cat", "", "con"])
+def test_a_name_that_cannot_be_saved_under_is_told_before_the_training(client, info, name):
+    """The host would run what else there is to see."""
+    prompt = {key: node for key, node in example(info).items() if not node["class_type"].endswith("Image")}
+    the(prompt, "ConceptsSave")["name"] = name
+    with pytest.raises(ComfyError, match="ConceptsSave: .*(cannot name a file|Windows cannot open)"):
+        client.run(prompt)
+    assert json.loads(client.get("/queue")) == {"queue_running": [], "queue_pending": []}
+
+
+def test_what_a_node_says_stands_under_it(client, info):
+    """As text that the editor, which takes it as HTML, shows whole."""
+    wanted = ("CheckpointLoaderSimple", "ConceptsInline", "ConceptsInspect")
+    prompt = {key: node for key, node in example(info, "perfusion_inline").items() if node["class_type"] in wanted}
+    the(prompt, "ConceptsInline")["text"] += "\n"  # so that it is not cached
+    told = {prompt[key]["class_type"]: text for key, text in asyncio.run(texts(client, prompt)).items()}
+    assert told["ConceptsInline"].startswith("&lt;mine&gt;: ") and "checksum" in told["ConceptsInline"]
+    assert "&lt;mine&gt;" in told["ConceptsInspect"] and "\n" in told["ConceptsInspect"]
 
 
 def test_number_out_of_range_is_refused(client, info):

@@ -6,6 +6,8 @@ from ..host.text import ready, rows, widths
 from .concept import Concept, Word
 from .word import between, spread
 
+MEND = "load a checkpoint of that base, or a concept learned on this one"
+
 
 def apply_words(clip: CLIP, concept: Concept, strength: float) -> CLIP:
     """A clone of `clip` that knows the words of `concept` at `strength`; at 0 `clip` itself.
@@ -28,11 +30,11 @@ def _require_fit(clip: CLIP, word: Word, base: str) -> None:
         if learned != present[encoder]:
             raise ValueError(
                 f"{word.placeholder} was learned on {base} for a text encoder of width {learned}; "
-                f"this CLIP's {encoder} has width {present[encoder]}."
+                f"this CLIP's {encoder} has width {present[encoder]}: {MEND}."
             )
     if not word.vectors.keys() & present.keys():
         raise ValueError(f"{word.placeholder} was learned on {base} for {', '.join(word.vectors)}; "
-                         f"this CLIP has {', '.join(present) or 'no such text encoder'}.")
+                         f"this CLIP has {', '.join(present) or 'no such text encoder'}: {MEND}.")
 
 
 def _scaled(clip: CLIP, word: Word, strength: float) -> Word:

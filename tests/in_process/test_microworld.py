@@ -1,7 +1,10 @@
 """Laws of the sample world, and that the host reads the sample model as it was trained."""
 
+from pathlib import Path
+
 import comfy.supported_models
 import comfy.utils
+import folder_paths
 import numpy as np
 import pytest
 import torch
@@ -18,6 +21,14 @@ from concepts_pack.microworld.shapes import CLASSES
 def scenes(count, seed=0):
     rng = np.random.default_rng(seed)
     return [random_scene(rng, NAMES) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("checkpoints", host.CHECKPOINT.name), ("e4t", "teddy.safetensors")])
+def test_loaders_list_what_they_can_load(kind, name):
+    """New loader nodes take the first of the list."""
+    host.register()
+    ours = [path for path in folder_paths.get_folder_paths(kind) if Path(path).is_relative_to(host.WEIGHTS)]
+    assert [found for path in ours for found in folder_paths.recursive_search(path)[0]] == [name]
 
 
 def test_same_seed_same_world():

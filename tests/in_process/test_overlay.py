@@ -162,7 +162,7 @@ def test_strength_moves_between_class_word_and_learned_word(clip):
 
 
 def test_word_of_another_size_is_refused(clip):
-    with pytest.raises(ValueError, match=r"<one> was learned on .* width 768; this CLIP's clip_l has width 32"):
+    with pytest.raises(ValueError, match=r"<one> was learned on .* width 768; this CLIP's clip_l has width 32: load a"):
         apply_words(clip, Concept((word("<one>", width=768),)), 1)
     with pytest.raises(ValueError, match="for clip_g; this CLIP has clip_l"):
         apply_words(clip, Concept((word("<one>", width=1280, encoder="clip_g"),)), 1)
