@@ -65,7 +65,7 @@ def how_long(presets: Iterable[str], own: list[io.Input]) -> io.Input:
     ], tooltip=(
         "How long and how fast to learn: 'quick' is for a first look and all that the sample world needs, 'balanced' "
         "for three to ten photos, 'thorough' for when the samples were still getting better at its end. 'own "
-        "settings' shows the numbers behind."
+        "settings' takes your own numbers instead of a preset's."
     ))
 
 
