@@ -38,8 +38,9 @@ def what_to_learn() -> list[io.Input]:
             "in each. A batch, or a list of any sizes; the middle square of each is used."
         )),
         io.Mask.Input("masks", optional=True, tooltip=(
-            "Where the thing is, 1 on it, one mask for each photo: the rest then counts a tenth as much. "
-            "Load Image gives masks the other way round; put Invert Mask between."
+            "Where the thing is, 1 on it, one mask for each photo: the rest then counts a tenth as much. A mask "
+            "painted over the thing in the MaskEditor is right as it is; for a picture whose background is transparent "
+            "put Invert Mask behind Load Image."
         )),
         io.String.Input("captions", optional=True, force_input=True, tooltip=(
             "What each photo shows, one text for each, as dataset loaders give them. The word takes the place "
@@ -64,7 +65,7 @@ def how_long(presets: Iterable[str], own: list[io.Input]) -> io.Input:
     ], tooltip=(
         "How long and how fast to learn: 'quick' is for a first look and all that the sample world needs, 'balanced' "
         "for three to ten photos, 'thorough' for when the samples were still getting better at its end. 'own "
-        "settings' shows the numbers behind."
+        "settings' takes your own numbers instead of a preset's."
     ))
 
 
