@@ -340,11 +340,12 @@ def call(command: list, env: dict[str, str]) -> int:
     """Run a program in the foreground and return its exit code; it ends when this process does."""
     child = subprocess.Popen(command, cwd=ROOT, env=env)
     try:
-        return child.wait()
+        code = child.wait()
     except KeyboardInterrupt:
-        return child.wait()  # a terminal sends Ctrl-C to both, and the child cleans up
+        code = child.wait()  # a terminal sends Ctrl-C to both, and the child cleans up
     finally:
         stop(child)
+    return code if code >= 0 else 128 - code  # what shells say of a program that a signal ended
 
 
 # Commands

@@ -257,6 +257,13 @@ def test_signals_stop_the_server(env, host, tmp_path, kind):
     assert not answers(port)
 
 
+@pytest.mark.skipif(dev.WINDOWS, reason="Windows has no signals")
+def test_a_program_that_a_signal_ends_has_its_code():
+    """Ctrl-C may come before a program listens for it."""
+    code = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.kill(os.getpid(), signal.SIGINT)"
+    assert dev.call([sys.executable, "-c", code], dict(os.environ)) == 130
+
+
 def wait_for(condition, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
