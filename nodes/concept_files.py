@@ -19,15 +19,19 @@ from .sockets import Concept
 EDITS = "concepts/"  # in front of the names of files in models/concepts, beside those in models/embeddings
 
 
-def usable(name: str | None) -> bool | str:
-    """Whether a file can have this name, or why not; a linked one (None) is not known before its node has run."""
-    try:
-        return name is None or bool(file.checked_name(name))
-    except ValueError as error:
-        return str(error)
+class NamesFile(io.ComfyNode):
+    """A node with the name of a file to write."""
+
+    @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        """Why no file can have the name, told before anything is learned for it; a linked one (None) is not known."""
+        try:
+            return name is None or bool(file.checked_name(name))
+        except ValueError as error:
+            return str(error)
 
 
-class ConceptsSave(io.ComfyNode):
+class ConceptsSave(NamesFile):
     """Writes a concept to the models folder."""
 
     @classmethod
@@ -64,11 +68,6 @@ class ConceptsSave(io.ComfyNode):
                 )),
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, name: str | None = None) -> bool | str:
-        """A name that cannot be saved under is told before anything is learned for it."""
-        return usable(name)
 
     @classmethod
     def execute(cls, concept: ConceptValue, name: str, overwrite: bool,
@@ -169,7 +168,7 @@ class ConceptsLoadLoraWords(io.ComfyNode):
         return _loaded(file.load(file_path("loras", name)))
 
 
-class ConceptsBundle(io.ComfyNode):
+class ConceptsBundle(NamesFile):
     """Writes words into a copy of a LoRA file."""
 
     @classmethod
@@ -198,11 +197,6 @@ class ConceptsBundle(io.ComfyNode):
                 io.String.Output("file", display_name="file", tooltip="The new file, as LoRA loaders list it."),
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, name: str | None = None) -> bool | str:
-        """A name that cannot be saved under is told before anything is learned for it."""
-        return usable(name)
 
     @classmethod
     def execute(cls, concept: ConceptValue, lora: str, name: str, overwrite: bool) -> io.NodeOutput:

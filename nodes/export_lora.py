@@ -12,11 +12,11 @@ from ..textual_inversion.concept import Concept as ConceptValue
 from ..textual_inversion.file import checked_name, free_path
 from ..training.disk import write_whole
 from .applying import require_no_difference
-from .concept_files import usable
+from .concept_files import NamesFile
 from .sockets import Concept, require_clip
 
 
-class ConceptsExportLora(io.ComfyNode):
+class ConceptsExportLora(NamesFile):
     """Writes a concept's edit as a LoRA."""
 
     @classmethod
@@ -46,11 +46,6 @@ class ConceptsExportLora(io.ComfyNode):
             ],
             outputs=[io.String.Output("file", display_name="file", tooltip="The new file, as LoRA loaders list it.")],
         )
-
-    @classmethod
-    def validate_inputs(cls, name: str | None = None) -> bool | str:
-        """A name that cannot be saved under is told before anything is learned for it."""
-        return usable(name)
 
     @classmethod
     def execute(cls, model, clip, concept: ConceptValue, name: str, strength: float, overwrite: bool) -> io.NodeOutput:
