@@ -1,7 +1,8 @@
 """Two concepts in one picture, a half for each: `python3 dev.py run benchmarks/perfusion_regions.py`.
 
 Each half has a prompt of its own that describes the whole picture, as in the template *perfusion_regions*. On the right
-it names the left thing first ("a teddy left of a <two>") or its own ("a <two> right of a teddy").
+it names the left thing first ("a teddy left of a <two>") or its own ("a <two> right of a teddy"). Then each thing is
+cut out of such a picture and drawn again larger, from a prompt that holds it alone, as in *perfusion_two_refined*.
 Settings are chosen with `--split validation`; what is reported comes from `--split test`.
 """
 
@@ -11,9 +12,12 @@ import argparse
 import json
 from functools import partial
 
+import comfy.sample
 import torch
 from comfy.sd import CLIP
+from comfy_extras.nodes_mask import FeatherMask
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
 
 from ..microworld import captions
 from ..microworld.data import parallel
@@ -28,6 +32,16 @@ SIDE = 128
 ORDERS = {"the left thing first": "a {left} left of a <two> {place}",
           "its own thing first": "a <two> right of a {left} {place}"}
 METHODS = {"Perfusion": "locked keys", "Textual Inversion": "word"}
+PLACES = [places[0] for places in captions.PLACES.values()]
+PART, TOP, FEATHER = 80, 32, 8  # side and place of what is drawn again, and the width of its fading edge
+
+
+def applied(base, concepts: dict[str, str], seed: int, kind: str, bias: float) -> tuple:
+    """Model and CLIP that know each of `concepts` by its word."""
+    model, clip, _ = base
+    for word, name in concepts.items():
+        model, clip = apply_concept(model, clip, learned(base, name, seed, kind, word), 1.0, bias=bias)
+    return model, clip
 
 
 def halves(clip: CLIP, places: list[str], sentences: tuple[str, str], classes: tuple[str, str]) -> list:
@@ -42,29 +56,59 @@ def halves(clip: CLIP, places: list[str], sentences: tuple[str, str], classes: t
     return both
 
 
-def pictures_of(base, names: tuple[str, str], seed: int, kind: str, order: str, cfg: float, bias: float) -> Tensor:
+def in_halves(base, concepts: dict[str, str], seed: int, kind: str, order: str, cfg: float, bias: float) -> Tensor:
     """One picture of the two at each place (n h w 3)."""
-    model, clip, vae = base
-    for word, name in zip(("<one>", "<two>"), names, strict=True):
-        model, clip = apply_concept(model, clip, learned(base, name, seed, kind, word), 1.0, bias=bias)
-    encoding = partial(halves, sentences=("a <one> left of a {right} {place}", ORDERS[order]),
-                       classes=tuple(map(super_category, names)))
-    return draw(model, clip, vae, [places[0] for places in captions.PLACES.values()], 1000 * seed, cfg=cfg, size=SIDE,
-                encoding=encoding)
+    sentences = "a <one> left of a {right} {place}", ORDERS[order]
+    encoding = partial(halves, sentences=sentences, classes=tuple(map(super_category, concepts.values())))
+    model, clip = applied(base, concepts, seed, kind, bias)
+    return draw(model, clip, base[2], PLACES, 1000 * seed, cfg=cfg, size=SIDE, encoding=encoding)
 
 
-def one_pair(first: str, second: str, seed: int, cfg: float, bias: float) -> dict[str, dict[str, float]]:
-    """`perfusion.rightness` by method and order."""
+@torch.inference_mode()
+def refined(base, images: Tensor, concepts: dict[str, str], seed: int, kind: str, cfg: float, bias: float,
+            denoise: float) -> Tensor:
+    """Pictures like `images` whose two things are drawn again, each by itself and larger (n h w 3)."""
+    vae, result = base[2], images.movedim(-1, 1).clone()
+    for number, (word, name) in enumerate(concepts.items()):
+        model, clip = applied(base, {word: name}, seed, kind, bias)
+        left = number * (SIDE - PART)
+        part = result[..., TOP : TOP + PART, left : left + PART]
+        latents = vae.encode(interpolate(part, (SIDE, SIDE), mode="bicubic").clamp(0, 1).movedim(1, -1))
+        noise = torch.cat([comfy.sample.prepare_noise(latents[:1], 1000 * seed + i) for i in range(len(images))])
+        prompts = [f"a {word} {place}" for place in PLACES]
+        samples = comfy.sample.sample(
+            model, noise, 25, cfg, "euler", "normal", encode(clip, prompts), encode(clip, [""] * len(prompts)), latents,
+            denoise=denoise, disable_pbar=True, seed=seed)
+        drawn = interpolate(vae.decode(samples).clamp(0, 1).movedim(-1, 1), (PART, PART), mode="area")
+        part.lerp_(drawn, own_half(right=bool(number)))
+    return result.movedim(1, -1)
+
+
+def own_half(right: bool) -> Tensor:
+    """A mask of a part: its own half of the picture, with an edge that fades as FeatherMask makes it."""
+    inner, beyond = {"left": FEATHER * right, "right": FEATHER * (not right)}, PART - SIDE // 2
+    half = FeatherMask.execute(torch.ones(1, PART, SIDE // 2), top=FEATHER, bottom=FEATHER, **inner)[0]
+    return pad(half, (beyond, 0) if right else (0, beyond))
+
+
+def one_pair(first: str, second: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """`perfusion.rightness` by method and arrangement."""
     torch.set_num_threads(1)
     oracle, base = load(PAIR_WEIGHTS), load_checkpoint()
     reals = {name: torch.from_numpy(concept_photos(name, 24, REAL_SEED)[0]) for name in (first, second)}
-    found = {}
+    concepts, found = {"<one>": first, "<two>": second}, {}
+
+    def note(label: str, images: Tensor) -> None:
+        found[label] = rightness(oracle, images, first, second, reals)
+        print(f"{first} and {second}, seed {seed}, {label}: {found[label]}", flush=True)
+
     for method, kind in METHODS.items():
         for order in ORDERS:
-            label = f"{method}, {order}"
-            images = pictures_of(base, (first, second), seed, kind, order, cfg, bias)
-            found[label] = rightness(oracle, images, first, second, reals)
-            print(f"{first} and {second}, seed {seed}, {label}: {found[label]}", flush=True)
+            note(f"{method}, {order}", in_halves(base, concepts, seed, kind, order, args.cfg, args.bias))
+        layout = in_halves(base, concepts, seed, kind, "its own thing first", args.cfg, args.layout_bias)
+        again = refined(base, layout, concepts, seed, kind, args.cfg, args.bias, args.denoise)
+        note(f"{method}, layout", layout)
+        note(f"{method}, refined", again)
     return found
 
 
@@ -75,10 +119,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--bias", type=float, default=0.7)
+    parser.add_argument("--layout-bias", type=float, default=1.0, help="of pictures that are refined")
+    parser.add_argument("--denoise", type=float, default=0.7)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     names = [name for name, concept in CONCEPTS.items() if concept.split == args.split][: args.concepts]
-    jobs = [(first, second, seed, args.cfg, args.bias) for seed in range(args.seeds)
+    jobs = [(first, second, seed, args) for seed in range(args.seeds)
             for first, second in zip(names, [*names[1:], names[0]], strict=True)]
     found = list(parallel(one_pair, *zip(*jobs, strict=True), workers=args.workers))
     result = {label: averages([one[label] for one in found]) for label in found[0]}
