@@ -106,7 +106,7 @@ def one_pair(first: str, second: str, seed: int, args: argparse.Namespace) -> di
         for order in ORDERS:
             note(f"{method}, {order}", in_halves(base, concepts, seed, kind, order, args.cfg, args.bias))
         layout = in_halves(base, concepts, seed, kind, "its own thing first", args.cfg, args.layout_bias)
-        again = refined(base, layout, concepts, seed, kind, args.cfg, args.bias, args.denoise)
+        again = refined(base, layout, concepts, seed, kind, args.cfg, args.refined_bias, args.denoise)
         note(f"{method}, layout", layout)
         note(f"{method}, refined", again)
     return found
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--bias", type=float, default=0.7)
     parser.add_argument("--layout-bias", type=float, default=1.0, help="of pictures that are refined")
+    parser.add_argument("--refined-bias", type=float, default=0.85, help="of what is drawn again")
     parser.add_argument("--denoise", type=float, default=0.7)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
