@@ -234,14 +234,20 @@ def approximate(s: Tensor, target_inputs: Tensor, dual: Tensor, present: Tensor)
 
 def pair_pictures(base, names: tuple[str, str], seed: int, kind: str, cfg: float, bias: float, locked: bool) -> Tensor:
     """One picture of each scene (n h w 3), with `locked` under the global key lock."""
-    model, clip, vae = base
-    for word, name in zip(("<one>", "<two>"), names, strict=True):
-        model, clip = apply_concept(model, clip, learned(base, name, seed, kind, word), 1.0, bias=bias)
+    model, clip = applied(base, dict(zip(("<one>", "<two>"), names, strict=True)), seed, kind, bias)
     scenes = [scene.format("<one>", "<two>") for scene in PAIR_SCENES]
     if locked:
-        return draw(model, clip, vae, scenes, 1000 * seed, cfg=cfg, batch=1,
+        return draw(model, clip, base[2], scenes, 1000 * seed, cfg=cfg, batch=1,
                     encoding=lambda clip, prompts: encode_with_global_keys(clip, *prompts))
-    return draw(model, clip, vae, scenes, 1000 * seed, cfg=cfg)
+    return draw(model, clip, base[2], scenes, 1000 * seed, cfg=cfg)
+
+
+def applied(base, concepts: dict[str, str], seed: int, kind: str, bias: float) -> tuple:
+    """Model and CLIP that know each of `concepts` by its word."""
+    model, clip, _ = base
+    for word, name in concepts.items():
+        model, clip = apply_concept(model, clip, learned(base, name, seed, kind, word), 1.0, bias=bias)
+    return model, clip
 
 
 @torch.inference_mode()

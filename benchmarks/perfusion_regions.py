@@ -2,7 +2,8 @@
 
 Each half has a prompt of its own that describes the whole picture, as in the template *perfusion_regions*. On the right
 it names the left thing first ("a teddy left of a <two>") or its own ("a <two> right of a teddy"). Then each thing is
-cut out of such a picture and drawn again larger, from a prompt that holds it alone, as in *perfusion_two_refined*.
+cut out of such a picture and drawn again larger, from a prompt that holds it alone, as in *perfusion_two_refined*,
+which cuts latents where this cuts pictures.
 Settings are chosen with `--split validation`; what is reported comes from `--split test`.
 """
 
@@ -23,8 +24,7 @@ from ..microworld import captions
 from ..microworld.data import parallel
 from ..microworld.oracle import PAIR_WEIGHTS, load
 from ..microworld.world import CONCEPTS, concept_photos, super_category
-from ..perfusion.use import apply_concept
-from .perfusion import averages, learned, rightness
+from .perfusion import applied, averages, rightness
 from .sampling import draw, encode, load_checkpoint
 from .textual_inversion import HERE, REAL_SEED
 
@@ -34,14 +34,6 @@ ORDERS = {"the left thing first": "a {left} left of a <two> {place}",
 METHODS = {"Perfusion": "locked keys", "Textual Inversion": "word"}
 PLACES = [places[0] for places in captions.PLACES.values()]
 PART, TOP, FEATHER = 80, 32, 8  # side and place of what is drawn again, and the width of its fading edge
-
-
-def applied(base, concepts: dict[str, str], seed: int, kind: str, bias: float) -> tuple:
-    """Model and CLIP that know each of `concepts` by its word."""
-    model, clip, _ = base
-    for word, name in concepts.items():
-        model, clip = apply_concept(model, clip, learned(base, name, seed, kind, word), 1.0, bias=bias)
-    return model, clip
 
 
 def halves(clip: CLIP, places: list[str], sentences: tuple[str, str], classes: tuple[str, str]) -> list:
