@@ -39,7 +39,7 @@ from .source import code
 from .textual_inversion import SCENES, judge
 from .timing import keep
 
-TUNED, WHOLE, BLIND, INVERTED, EDITED = (0, 1, 5, 15), (5, 15), (5, 15), (5, 25, 100), (150,)
+TUNED, WHOLE, BLIND, INVERTED, EDITED = (0, 1, 5, 15), (5, 15), (5, 15), (5, 25, 100), (150, 400)
 QUIET = Preview(every=0, steps=1)
 
 

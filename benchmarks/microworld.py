@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +48,11 @@ def reconstruct(vae, images: torch.Tensor) -> torch.Tensor:
         return torch.cat([vae.decode(vae.encode(part)).clamp(0, 1) for part in images.split(50)])
 
 
-def interval(values: np.ndarray, seed: int = 0) -> list[float]:
-    """Mean and 95 % bootstrap interval."""
+def interval(values: np.ndarray, seed: int = 0, average: Callable = np.mean) -> list[float]:
+    """Mean, or another average, and its 95 % bootstrap interval."""
     rng = np.random.default_rng(seed)
-    means = rng.choice(values, (2000, len(values))).mean(1)
-    return [float(values.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))]
+    averages = average(rng.choice(values, (2000, len(values))), axis=1)
+    return [float(average(values)), *(float(q) for q in np.quantile(averages, (0.025, 0.975)))]
 
 
 def txt(base, oracle, kind: str, seed: int, count: int, **settings) -> tuple[np.ndarray, list[str], torch.Tensor]:

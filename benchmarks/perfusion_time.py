@@ -16,6 +16,7 @@ from itertools import pairwise
 from statistics import median
 
 import comfy.sample
+import numpy as np
 import torch
 
 from ..e4t.difference import Difference, LowRank, nothing_added
@@ -33,6 +34,7 @@ from ..perfusion.train import EditMethod, EditRecipe
 from ..training.dataset import Lessons
 from ..training.draws import draw
 from ..training.loop import Plan, train
+from .microworld import interval
 from .step_time import SEED, make_clip, make_unet
 from .timing import conditions, in_turn, keep, medians, peak_alone, peak_now, ratio, timed
 
@@ -79,8 +81,9 @@ def sampling(size: int, rounds: int, steps: int) -> dict:
 
     times = in_turn({label: partial(step, patched) for label, patched in models.items()}, rounds)
     return {"seconds, median": medians(times),
-            "÷ unpatched [median, quartiles]": {label: ratio(values, times["unpatched"])
-                                                for label, values in times.items() if label != "unpatched"}}
+            "÷ unpatched [median, 95 % interval]": {
+                label: interval(np.divide(values, times["unpatched"]), average=np.median)
+                for label, values in times.items() if label != "unpatched"}}
 
 
 def training(stack: ExitStack, batch: int, size: int) -> dict:

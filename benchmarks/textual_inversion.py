@@ -44,12 +44,14 @@ SCENES = (
 )
 
 
-def learn(base, name: str, seed: int, photos: int = 4, masked: bool = True, **changes) -> Concept:
-    """A word from photos of a sample concept, by the node's quick preset unless `changes` say otherwise."""
+def learn(
+    base, name: str, seed: int, photos: int = 4, masked: bool = True, preset: str = "quick", **changes
+) -> Concept:
+    """A word from photos of a sample concept, by the node's preset unless `changes` say otherwise."""
     kind = super_category(name)
     pictures, masks = concept_photos(name, photos, PHOTOS_SEED + seed)
     recipe = Recipe(**{"placeholder": "<mine>", "init_text": kind, "seed": seed,
-                       **pace_of("quick", base[1], kind), **changes})
+                       **pace_of(preset, base[1], kind), **changes})
     quiet = Preview(every=0, steps=1)
     given = gather([torch.from_numpy(pictures)], [torch.from_numpy(masks)] if masked else [])
     return learn_word(*base, given, recipe, quiet).concept
