@@ -1,9 +1,10 @@
 """Textual Inversion's figures on the sample world: `python3 dev.py run benchmarks/textual_inversion.py`.
 
 `--part photos`: ID and TXT of words learned from 1, 4 and 16 photos, beside the class word and real renders.
-`--part vectors`: the same for 1, 2, 4 and 8 vectors. `--part debias`: colours of a class before and after.
-`--part settings`: the variants given as `--variants`. Settings are chosen with `--split validation`; what is reported
-comes from `--split test`. Concepts are shared out over two processes of one thread each.
+`--part vectors`: the same for 1, 2, 4 and 8 vectors. `--part debias`: colours of a class before and after; its settings
+are `--cfg 2 --changes '{"vectors": 8, "preset": "balanced"}'`. `--part settings`: the variants given as `--variants`.
+Settings are chosen with `--split validation`; what is reported comes from `--split test`. Concepts are shared out over
+two processes of one thread each.
 """
 
 from __future__ import annotations
