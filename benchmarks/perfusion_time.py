@@ -147,8 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--sampling-steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--sampling-steps", type=int, default=2)
     parser.add_argument("--alone", choices=("ours", "native"), help="only print this one's peak memory in GB")
     args = parser.parse_args()
     if args.alone:
