@@ -36,7 +36,7 @@ from ..training.dataset import gather
 from .microworld import interval
 from .sampling import draw, load_checkpoint
 from .source import code
-from .textual_inversion import SCENES, judge
+from .textual_inversion import HERE, SCENES, judge
 from .timing import keep
 
 TUNED, WHOLE, BLIND, INVERTED, EDITED = (0, 1, 5, 15), (5, 15), (5, 15), (5, 25, 100), (150, 400)
@@ -144,12 +144,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--bias", type=float, default=0.7)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=(),
+                        help="the learners whose labels begin so; the result's other rows then stay as they are")
     return parser
 
 
-def measured(args: argparse.Namespace, file: Path, labels: tuple[str, ...]) -> dict[str, dict]:
+def measured(args: argparse.Namespace, file: Path, labels: Iterable[str]) -> dict[str, dict]:
     """Means and intervals over instances and seeds, by label."""
-    jobs = [(args.domain, file, number, seed, args.cfg, args.bias, labels)
+    jobs = [(args.domain, file, number, seed, args.cfg, args.bias, tuple(labels))
             for seed in range(args.seeds) for number in range(args.instances)]
     found = parallel(one, *zip(*jobs, strict=True), workers=args.workers)
     return summary(row for part in found for row in part)
@@ -160,14 +162,21 @@ def conditions(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in ("domain", "instances", "seeds", "cfg", "bias")}
 
 
+def so_far(args: argparse.Namespace, name: str) -> dict:
+    """The result so far, of which `--only` measures a part anew. Raises ValueError if it was measured otherwise."""
+    result = json.loads((HERE / "results" / f"{name}.json").read_text()) if args.only else conditions(args)
+    if result | conditions(args) != result:
+        raise ValueError(f"{name}.json was measured with other settings than {conditions(args)}; measure all anew.")
+    return result
+
+
 def main() -> None:
     own = parser(__doc__)
     own.add_argument("--file", type=Path, help="the domain file; the one that comes with the pack by default")
-    own.add_argument("--only", nargs="*", default=(), help="the learners whose labels begin so; all by default")
     args = own.parse_args()
     file = args.file or WEIGHTS / "domains" / f"{args.domain}.safetensors"
-    keep(measured(args, file, tuple(args.only)) | conditions(args) | {"pretraining": record(file)},
-         f"e4t_{args.domain}")
+    name = f"e4t_{args.domain}"
+    keep(so_far(args, name) | measured(args, file, args.only) | {"pretraining": record(file)}, name)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..e4t.pretrain import Recipe
 from ..microworld.data import parallel
 from ..microworld.pretrain import pretrained
-from .e4t import conditions, measured, parser, record
+from .e4t import measured, parser, record, so_far
 from .timing import keep
 
 ARMS = {"chosen": (), "regulariser 0": ("--regulariser", "0"), "without offsets": ("--no-offsets",)}
@@ -26,10 +26,10 @@ def main() -> None:
                 for number, changes in enumerate(ARMS.values())]
     count = len(ARMS)
     files = list(parallel(pretrained, [args.domain] * count, [2000] * count, settings, workers=args.workers))
-    result = conditions(args) | {"steps": args.steps, "regulariser": Recipe.regulariser}
+    result = so_far(args, "e4t_ablations") | {"steps": args.steps, "regulariser": Recipe.regulariser}
     for (arm, changes), file in zip(ARMS.items(), files, strict=True):
-        found = measured(args, file, LEARNERS if changes else (*LEARNERS, BLIND))
-        result[arm] = found | {"seconds": record(file)["seconds"]}
+        found = measured(args, file, args.only or (LEARNERS if changes else (*LEARNERS, BLIND)))
+        result[arm] = result.get(arm, {}) | found | {"seconds": record(file)["seconds"]}
     keep(result, "e4t_ablations")
 
 

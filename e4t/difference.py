@@ -38,6 +38,16 @@ def nothing_added(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -
             for layer, (out, given) in shapes.items()}
 
 
+def scaled(difference: Difference, share: float) -> Difference:
+    """`share` of a difference, as values of its own."""
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu().clone()
+
+    return Difference({layer: Offset(share * own(o.left), own(o.right)) for layer, o in difference.offsets.items()},
+                      {layer: LowRank(share * own(f.up), own(f.down)) for layer, f in difference.added.items()})
+
+
 def changed_weight(weight: Tensor, offset: Offset | None, added: LowRank | None) -> Tensor:
     """W' (out in) for one matrix, in the precision of the factors."""
     if offset is not None:

@@ -63,7 +63,8 @@ class Vision(Protocol):
 class Encoder(nn.Module):
     """Starts by predicting the class word itself: its last layers are zero."""
 
-    tuning_rate = 0.05  # of that of weight offsets, when the whole model is tuned
+    tuning_rate = 5.0  # of that of weight offsets, when the whole model is tuned
+    start, kept = 0.5, 0.65  # then: shares of what it predicts at first, and of what is learned at last
     hears_offsets = False  # pretraining lets it hear the plain model
 
     def __init__(self, shape: Shape) -> None:

@@ -17,7 +17,8 @@ class ImportedEncoder(nn.Module):
     What a picture adds is one vector for all timesteps, so that is what it sees of a picture.
     """
 
-    tuning_rate = 0.008  # with the usual rate of offsets this is 1.6e-5, the published one
+    tuning_rate = 0.032  # with the usual rate of offsets this is 1.6e-5, the published one
+    start, kept = 1.0, 1.0  # as published
     needs_vision = True
     hears_offsets = True  # in the published code one UNet, with its offsets, is heard and denoises
 

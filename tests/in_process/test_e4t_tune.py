@@ -103,9 +103,11 @@ def test_tuning_moves_word_and_values(domain, photos, model, clip, vae):
     assert len(to_bytes(tuned)) > 1000  # an ordinary concept file
 
 
-def test_the_whole_starts_as_the_domain_and_adds_nothing(domain, photos, model, clip, vae):
+def test_the_whole_starts_as_a_share_of_the_domain_and_adds_nothing(domain, photos, model, clip, vae):
     concept = whole(domain, photos, model, clip, vae, 0)
-    assert all(torch.equal(concept.edit.offsets[layer].left, offset.left) for layer, offset in domain.offsets.items())
+    for layer, offset in domain.offsets.items():
+        found = concept.edit.offsets[layer]
+        torch.testing.assert_close(found.left @ found.right, Encoder.kept * offset.left @ offset.right)
     assert not any(added.up.any() for added in concept.edit.added.values())
 
 
@@ -123,8 +125,8 @@ def test_the_whole_learns_all_of_it_and_leaves_the_model(domain, photos, model, 
     assert not any("forward" in vars(module) for module in model.model.modules())
 
 
-def test_the_whole_is_used_as_it_was_learned(domain, photos, model, clip, vae):
-    """The loss in training is that of the patched model under the tuned word's encoding."""
+def test_the_whole_is_kept_as_a_share_of_what_was_learned(domain, photos, model, clip, vae):
+    """The loss in training is that of the model patched with all that was learned, under the whole word's encoding."""
     latents = torch.randn(1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with private_copies(model, clip) as (unet, text):
         method = TunedWhole(domain, photos, unet, text, whole_recipe(domain, "<mine>", 5, 5, sentences=("a {}",)),
@@ -139,9 +141,9 @@ def test_the_whole_is_used_as_it_was_learned(domain, photos, model, clip, vae):
             vectors = {name: v[0] for name, v in method.predictor.words(said).items()}
         concept = method.concept({})
         for name, v in vectors.items():
-            concept.words[0].vectors[name].copy_(v)
+            concept.words[0].vectors[name].copy_(v.lerp(method.predictor.rows[name], 1 - Encoder.kept))
         method.installed.close()
-    tuned, taught = apply_tuned(model, clip, concept, 1.0)
+    tuned, taught = apply_tuned(model, clip, concept, 1 / Encoder.kept)
     with private_copies(tuned, taught) as (unet, text), torch.no_grad():
         expected = denoising_error(unet.model, batch.latents, batch.noise, batch.timesteps,
                                    encode(text, "a <mine>")[0], None).mean()
