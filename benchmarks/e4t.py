@@ -40,6 +40,7 @@ from .textual_inversion import HERE, SCENES, judge
 from .timing import keep
 
 TUNED, WHOLE, BLIND, INVERTED, EDITED = (0, 1, 5, 15), (5, 15), (5, 15), (5, 25, 100), (150, 400)
+MORE = {"E4T, whole model": (1.2,), "Textual Inversion": (1.5,)}  # strengths of what has no other slider, beside 1
 QUIET = Preview(every=0, steps=1)
 
 
@@ -49,8 +50,8 @@ def photos(kind: str, number: int, count: int):
     return torch.from_numpy(pictures).float() / 255, torch.from_numpy(masks).float() / 255
 
 
-def learners(base, kind: str, file: Path, seed: int) -> dict[str, Callable]:
-    """What makes a concept of gathered photos, by label."""
+def learners(base, kind: str, file: Path, seed: int) -> dict[str, tuple[Callable, float]]:
+    """What makes a concept of gathered photos, and the strength that it is drawn with, by label."""
     known, blind = domain.load(file), domain.load(file)
     for layer in (*blind.encoder.words.values(), blind.encoder.values):
         torch.nn.init.zeros_(layer.weight)
@@ -79,7 +80,8 @@ def learners(base, kind: str, file: Path, seed: int) -> dict[str, Callable]:
     kinds = (("E4T + Perfusion", partial(tuned, known), TUNED), ("E4T, whole model", whole, WHOLE),
              ("E4T + Perfusion without the encoder", partial(tuned, blind), BLIND),
              ("Textual Inversion", inverted, INVERTED), ("Perfusion", edited, EDITED))
-    return {f"{label}, {steps} steps": partial(learn, steps) for label, learn, each in kinds for steps in each}
+    return {f"{label}{f' at {strength}' if strength != 1 else ''}, {steps} steps": (partial(learn, steps), strength)
+            for label, learn, each in kinds for strength in (1.0, *MORE.get(label, ())) for steps in each}
 
 
 def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float,
@@ -94,7 +96,7 @@ def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float,
     texts = [scene.format(kind) for scene, _ in SCENES]
     rows = [("class word", *judge(oracle, draw(*base, texts, 1000 * seed, cfg=cfg), kind, real), 0.0),
             ("real renders", similarity(oracle, picture[:1], real).mean().item(), 1.0, 0.0)]
-    for label, learn in learners(base, kind, file, seed).items():
+    for label, (learn, strength) in learners(base, kind, file, seed).items():
         if not label.startswith(labels or ""):
             continue
         path = work("rows") / f"{kind}_{number}_{seed}_{settings(label, file, cfg, bias)}.json"
@@ -102,7 +104,7 @@ def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float,
             start = time.process_time()
             concept = learn(given)
             seconds = time.process_time() - start
-            model, clip = applied(*base[:2], concept, 1.0, bias=bias)
+            model, clip = applied(*base[:2], concept, strength, bias=bias)
             drawn = draw(model, clip, base[2], [scene.format("<mine>") for scene, _ in SCENES], 1000 * seed, cfg=cfg)
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps([*judge(oracle, drawn, kind, real), seconds]))
