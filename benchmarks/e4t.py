@@ -40,7 +40,6 @@ from .textual_inversion import HERE, SCENES, judge
 from .timing import keep
 
 TUNED, WHOLE, BLIND, INVERTED, EDITED = (0, 1, 5, 15), (5, 15), (5, 15), (5, 25, 100), (150, 400)
-MORE = {"E4T, whole model": (1.2,), "Textual Inversion": (1.5,)}  # strengths of what has no other slider, beside 1
 QUIET = Preview(every=0, steps=1)
 
 
@@ -50,8 +49,8 @@ def photos(kind: str, number: int, count: int):
     return torch.from_numpy(pictures).float() / 255, torch.from_numpy(masks).float() / 255
 
 
-def learners(base, kind: str, file: Path, seed: int) -> dict[str, tuple[Callable, float]]:
-    """What makes a concept of gathered photos, and the strength that it is drawn with, by label."""
+def learners(base, kind: str, file: Path, seed: int) -> dict[str, tuple[Callable, dict[str, float]]]:
+    """What makes a concept of gathered photos, and what it is drawn with beside the usual, by label."""
     known, blind = domain.load(file), domain.load(file)
     for layer in (*blind.encoder.words.values(), blind.encoder.values):
         torch.nn.init.zeros_(layer.weight)
@@ -77,11 +76,18 @@ def learners(base, kind: str, file: Path, seed: int) -> dict[str, tuple[Callable
         recipe = EditRecipe("<mine>", kind, seed=seed, momentum=0.9, **pace)
         return learn_word(*base, given, recipe, QUIET, method_of=partial(EditMethod, metric, encoder)).concept
 
-    kinds = (("E4T + Perfusion", partial(tuned, known), TUNED), ("E4T, whole model", whole, WHOLE),
-             ("E4T + Perfusion without the encoder", partial(tuned, blind), BLIND),
-             ("Textual Inversion", inverted, INVERTED), ("Perfusion", edited, EDITED))
-    return {f"{label}{f' at {strength}' if strength != 1 else ''}, {steps} steps": (partial(learn, steps), strength)
-            for label, learn, each in kinds for strength in (1.0, *MORE.get(label, ())) for steps in each}
+    with_encoder, without = partial(tuned, known), partial(tuned, blind)
+    kinds = (("E4T + Perfusion", with_encoder, TUNED, {}),
+             ("E4T + Perfusion at bias 0.9", with_encoder, (5, 15), {"bias": 0.9}),
+             ("E4T, whole model", whole, WHOLE, {}),
+             ("E4T, whole model at 0.85", whole, (5,), {"strength": 0.85}),
+             ("E4T, whole model at 1.2", whole, WHOLE, {"strength": 1.2}),
+             ("E4T + Perfusion without the encoder", without, BLIND, {}),
+             ("Textual Inversion", inverted, INVERTED, {}),
+             ("Textual Inversion at 1.5", inverted, INVERTED, {"strength": 1.5}),
+             ("Perfusion", edited, EDITED, {}))
+    return {f"{label}, {steps} steps": (partial(learn, steps), use)
+            for label, learn, each, use in kinds for steps in each}
 
 
 def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float,
@@ -96,7 +102,7 @@ def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float,
     texts = [scene.format(kind) for scene, _ in SCENES]
     rows = [("class word", *judge(oracle, draw(*base, texts, 1000 * seed, cfg=cfg), kind, real), 0.0),
             ("real renders", similarity(oracle, picture[:1], real).mean().item(), 1.0, 0.0)]
-    for label, (learn, strength) in learners(base, kind, file, seed).items():
+    for label, (learn, use) in learners(base, kind, file, seed).items():
         if not label.startswith(labels or ""):
             continue
         path = work("rows") / f"{kind}_{number}_{seed}_{settings(label, file, cfg, bias)}.json"
@@ -104,7 +110,7 @@ def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float,
             start = time.process_time()
             concept = learn(given)
             seconds = time.process_time() - start
-            model, clip = applied(*base[:2], concept, strength, bias=bias)
+            model, clip = applied(*base[:2], concept, **{"strength": 1.0, "bias": bias, **use})
             drawn = draw(model, clip, base[2], [scene.format("<mine>") for scene, _ in SCENES], 1000 * seed, cfg=cfg)
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps([*judge(oracle, drawn, kind, real), seconds]))
