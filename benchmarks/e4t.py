@@ -40,6 +40,7 @@ from .textual_inversion import HERE, SCENES, judge
 from .timing import keep
 
 TUNED, WHOLE, BLIND, INVERTED, EDITED = (0, 1, 5, 15), (5, 15), (5, 15), (5, 25, 100), (150, 400)
+RIVAL = "Textual Inversion"
 QUIET = Preview(every=0, steps=1)
 
 
@@ -49,8 +50,9 @@ def photos(kind: str, number: int, count: int):
     return torch.from_numpy(pictures).float() / 255, torch.from_numpy(masks).float() / 255
 
 
-def learners(base, kind: str, file: Path, seed: int) -> dict[str, tuple[Callable, dict[str, float]]]:
-    """What makes a concept of gathered photos, and what it is drawn with beside the usual, by label."""
+def learners(base, kind: str, file: Path, seed: int) -> dict[str, tuple[Callable, int, dict[str, float]]]:
+    """What makes a concept of steps and gathered photos, the steps, and what it is drawn with beside the usual, by
+    label."""
     known, blind = domain.load(file), domain.load(file)
     for layer in (*blind.encoder.words.values(), blind.encoder.values):
         torch.nn.init.zeros_(layer.weight)
@@ -83,11 +85,11 @@ def learners(base, kind: str, file: Path, seed: int) -> dict[str, tuple[Callable
              ("E4T, whole model at 0.85", whole, (5,), {"strength": 0.85}),
              ("E4T, whole model at 1.2", whole, WHOLE, {"strength": 1.2}),
              ("E4T + Perfusion without the encoder", without, BLIND, {}),
-             ("Textual Inversion", inverted, INVERTED, {}),
-             ("Textual Inversion at 1.5", inverted, INVERTED, {"strength": 1.5}),
-             ("Perfusion", edited, EDITED, {}))
-    return {f"{label}, {steps} steps": (partial(learn, steps), use)
-            for label, learn, each, use in kinds for steps in each}
+             (RIVAL, inverted, INVERTED, {}),
+             (f"{RIVAL} at 1.5", inverted, INVERTED, {"strength": 1.5}),
+             ("Perfusion", edited, EDITED, {}),
+             ("Perfusion at bias 0.9", edited, EDITED, {"bias": 0.9}))
+    return {f"{label}, {steps} steps": (learn, steps, use) for label, learn, each, use in kinds for steps in each}
 
 
 def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float,
@@ -102,14 +104,16 @@ def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float,
     texts = [scene.format(kind) for scene, _ in SCENES]
     rows = [("class word", *judge(oracle, draw(*base, texts, 1000 * seed, cfg=cfg), kind, real), 0.0),
             ("real renders", similarity(oracle, picture[:1], real).mean().item(), 1.0, 0.0)]
-    for label, (learn, use) in learners(base, kind, file, seed).items():
+    learned: dict[tuple[Callable, int], tuple[Concept, float]] = {}
+    for label, (learn, steps, use) in learners(base, kind, file, seed).items():
         if not label.startswith(labels or ""):
             continue
         path = work("rows") / f"{kind}_{number}_{seed}_{settings(label, file, cfg, bias)}.json"
         if not path.exists():
-            start = time.process_time()
-            concept = learn(given)
-            seconds = time.process_time() - start
+            if (learn, steps) not in learned:
+                start = time.process_time()
+                learned[learn, steps] = learn(steps, given), time.process_time() - start
+            concept, seconds = learned[learn, steps]
             model, clip = applied(*base[:2], concept, **{"strength": 1.0, "bias": bias, **use})
             drawn = draw(model, clip, base[2], [scene.format("<mine>") for scene, _ in SCENES], 1000 * seed, cfg=cfg)
             path.parent.mkdir(exist_ok=True)
@@ -138,6 +142,23 @@ def summary(rows: Iterable[tuple]) -> dict[str, dict]:
             for label, (identity, prompt, seconds) in columns.items()}
 
 
+def beyond_rival(rows: Iterable[tuple], seeds: int) -> dict:
+    """By label, how far its ID is beyond that of the rival's best label, for `rows` in the order of seed and instance.
+
+    Things differ more than seeds do, so the intervals are those of the means of the instances.
+    """
+    found: dict[str, list[float]] = {}
+    for label, identity, *_ in rows:
+        found.setdefault(label, []).append(identity)
+    means = {label: np.array(identities).reshape(seeds, -1).mean(axis=0) for label, identities in found.items()}
+    rivals = [label for label in means if label.startswith(RIVAL)]
+    if not rivals:
+        return {}
+    best = max(rivals, key=lambda label: means[label].mean())
+    beyond = {label: interval(each - means[best]) for label, each in means.items()}
+    return {"rival": best, "ID beyond the rival's": beyond}
+
+
 def record(file: Path) -> dict:
     """What a domain file says of its pretraining."""
     return json.loads(domain.load(file).metadata.get("concepts.training", "{}"))
@@ -158,11 +179,11 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def measured(args: argparse.Namespace, file: Path, labels: Iterable[str]) -> dict[str, dict]:
-    """Means and intervals over instances and seeds, by label."""
+    """Means and intervals over instances and seeds, by label, and what `beyond_rival` makes of them."""
     jobs = [(args.domain, file, number, seed, args.cfg, args.bias, tuple(labels))
             for seed in range(args.seeds) for number in range(args.instances)]
-    found = parallel(one, *zip(*jobs, strict=True), workers=args.workers)
-    return summary(row for part in found for row in part)
+    rows = [row for part in parallel(one, *zip(*jobs, strict=True), workers=args.workers) for row in part]
+    return summary(rows) | beyond_rival(rows, args.seeds)
 
 
 def conditions(args: argparse.Namespace) -> dict:
@@ -172,7 +193,8 @@ def conditions(args: argparse.Namespace) -> dict:
 
 def so_far(args: argparse.Namespace, name: str) -> dict:
     """The result so far, of which `--only` measures a part anew. Raises ValueError if it was measured otherwise."""
-    result = json.loads((HERE / "results" / f"{name}.json").read_text()) if args.only else conditions(args)
+    path = HERE / "results" / f"{name}.json"
+    result = json.loads(path.read_text()) if args.only and path.exists() else conditions(args)
     if result | conditions(args) != result:
         raise ValueError(f"{name}.json was measured with other settings than {conditions(args)}; measure all anew.")
     return result
@@ -181,9 +203,10 @@ def so_far(args: argparse.Namespace, name: str) -> dict:
 def main() -> None:
     own = parser(__doc__)
     own.add_argument("--file", type=Path, help="the domain file; the one that comes with the pack by default")
+    own.add_argument("--name", help="of the file in results/; e4t_ and the domain by default")
     args = own.parse_args()
     file = args.file or WEIGHTS / "domains" / f"{args.domain}.safetensors"
-    name = f"e4t_{args.domain}"
+    name = args.name or f"e4t_{args.domain}"
     keep(so_far(args, name) | measured(args, file, args.only) | {"pretraining": record(file)}, name)
 
 
