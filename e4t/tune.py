@@ -4,6 +4,7 @@ What is learned is the word and the values of a Perfusion edit, so the outcome i
 needs neither the encoder nor the offsets when it is used.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,7 +86,7 @@ class TunedEdit(EditMethod):
         seen = domain.encoder.seen(torch.stack([photo.picture for photo in shown]), vision)
         offsets = {layer: Offset(o.left.to(self.device), o.right.to(self.device))
                    for layer, o in domain.offsets.items()}
-        predictor = Predictor(self.unet, clip, domain.word, domain.encoder.to(self.device), offsets,
+        predictor = Predictor(self.unet, clip, domain.word, copy.deepcopy(domain.encoder).to(self.device), offsets,
                               SHARE * domain.scale, self.precision)
         try:
             tell_strangers(predictor, lessons.latents[:, 0], self.recipe.seed)

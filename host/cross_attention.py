@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from comfy.hooks import EnumHookScope, HookGroup, TransformerOptionsHook
@@ -18,7 +18,8 @@ from torch import Tensor
 KEY, RUNNING, MET = "concepts", "concepts_running", "concepts_met"
 COMPILED = "_orig_mod"  # what torch.compile calls the module inside the one it makes
 log = logging.getLogger("concepts")
-_known: WeakKeyDictionary[torch.nn.Module, dict[str, CrossAttention]] = WeakKeyDictionary()
+# Held weakly: what is put in front of a layer may hold the UNet, which would keep both for good.
+_known: WeakKeyDictionary[torch.nn.Module, Mapping[str, CrossAttention]] = WeakKeyDictionary()
 
 
 class Applied(Protocol):
@@ -42,10 +43,11 @@ def transformer_blocks(unet: torch.nn.Module) -> Iterator[tuple[str, BasicTransf
             yield ".".join(part for part in name.split(".") if part != COMPILED), block
 
 
-def cross_attentions(unet: torch.nn.Module) -> dict[str, CrossAttention]:
+def cross_attentions(unet: torch.nn.Module) -> Mapping[str, CrossAttention]:
     """The text-reading attention of every transformer block, by the block's name."""
     if unet not in _known:
-        _known[unet] = {name: block.attn2 for name, block in transformer_blocks(unet) if block.attn2 is not None}
+        _known[unet] = WeakValueDictionary(
+            {name: block.attn2 for name, block in transformer_blocks(unet) if block.attn2 is not None})
     return _known[unet]
 
 

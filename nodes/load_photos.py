@@ -48,7 +48,8 @@ class ConceptsLoadPhotos(io.ComfyNode):
     def execute(cls, folder: str) -> io.NodeOutput:
         photos = read_folder(input_subfolder(folder))
         images = [photo.picture[None] for photo in photos]
-        masks = [(torch.ones(photo.picture.shape[:2]) if photo.mask is None else photo.mask)[None] for photo in photos]
+        masks = [torch.ones(1, 1, 1).expand(image.shape[:3]) if photo.mask is None else photo.mask[None]
+                 for photo, image in zip(photos, images, strict=True)]
         masked, captioned = sum(p.mask is not None for p in photos), sum(bool(p.caption) for p in photos)
         said = f"{len(photos)} photos, {masked} with a mask, {captioned} with a caption"
         return io.NodeOutput(images, masks, [photo.caption for photo in photos], ui=shown(said))

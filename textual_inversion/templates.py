@@ -65,7 +65,7 @@ def sentence_of(caption: str, placeholder: str, init_text: str) -> str:
     """A photo's own caption as a sentence: the word goes where {} or the placeholder stands, else where the init text
     does, else in front."""
     for text in ("{}", placeholder, init_text):
-        pattern = re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
+        pattern = re.compile(rf"(?<![\w-]){re.escape(text)}(?![\w-])", re.IGNORECASE)
         if pattern.search(caption):
             return pattern.sub("{}", caption, count=1)
     return f"{{}}, {caption}"

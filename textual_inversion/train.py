@@ -20,7 +20,7 @@ from ..host.objective import denoising_error, timestep_count
 from ..host.pictures import sample_picture, vae_encode
 from ..host.progress import ProgressBar
 from ..host.sockets import CLIP, VAE, ModelPatcher
-from ..host.text import encode_all, fingerprint_of, rows
+from ..host.text import encode_all, fingerprint_of, rows, word_places
 from ..training import preview
 from ..training.dataset import Lessons, Photo, cache, squares, weighted_mean, working_side
 from ..training.draws import Batch
@@ -106,6 +106,10 @@ class WordMethod:
         self.norms = {encoder: leaf.detach().norm(dim=1).mean() for encoder, leaf in self.leaves.items()}
         self.clip = with_words(clip, [Word(recipe.placeholder, recipe.init_text, self.leaves)])
         self.captions = [c and sentence_of(c, recipe.placeholder, recipe.init_text) for c in lessons.captions]
+        for sentence in recipe.sentences:
+            if not word_places(self.clip, fill(sentence, recipe.placeholder), recipe.vectors):
+                raise ValueError(f"{recipe.placeholder} is not a word of its own in {sentence!r}, where it stands for "
+                                 "{}; put a space between it and what touches it.")
 
     def parameters(self) -> list[dict[str, Any]]:
         return [{"params": list(self.leaves.values()), "lr": self.recipe.learning_rate}]

@@ -78,11 +78,11 @@ def squares(photos: Sequence[Photo], side: int, crops: int = 0, mirror: bool = F
 
 
 def cache(encode: Callable[[Tensor], Tensor], views: Sequence[Photo], photos: int, floor: float) -> Lessons:
-    """Squares of `photos` photos, as `squares` gives them, through `encode` (b h w 3) -> (b c h w).
+    """Squares of `photos` photos, as `squares` gives them, each through `encode` (1 h w 3) -> (1 c h w).
 
     Outside its mask a photo counts with the weight `floor`.
     """
-    latents = encode(torch.stack([view.picture for view in views]))
+    latents = torch.cat([encode(view.picture[None]) for view in views])
     weights = None
     if any(view.mask is not None for view in views):
         masks = torch.stack([torch.ones(view.picture.shape[:2]) if view.mask is None else view.mask for view in views])
@@ -122,7 +122,7 @@ def _boxes(photo: Photo, crops: int, generator: torch.Generator) -> Iterator[tup
     """Top, left and side of each square to cut out."""
     height, width, _ = photo.picture.shape
     short = min(height, width)
-    centre = None if photo.mask is None else photo.mask.nonzero().float().mean(0).tolist()
+    centre = None if photo.mask is None else _centre(photo.mask)
     middle = centre or (height / 2, width / 2)
     yield (_start(middle[0], short, height), _start(middle[1], short, width), short)
     for scale, *share in torch.rand(crops, 3, generator=generator).tolist():
@@ -131,6 +131,11 @@ def _boxes(photo: Photo, crops: int, generator: torch.Generator) -> Iterator[tup
         if centre:
             top, left = (_over(start, at, crop) for start, at in zip((top, left), centre, strict=True))
         yield (top, left, crop)
+
+
+def _centre(mask: Tensor) -> list[float]:
+    """Row and column of the middle of the subject; segmentations often give what is not subject a little too."""
+    return (mask >= mask.max() / 2).nonzero().float().mean(0).tolist()
 
 
 def _start(centre: float, crop: int, length: int) -> int:

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from functools import cache
+from math import gcd
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ REPEATS = re.compile(r"(\d{1,3})_.*")  # 2024_summer is no number of repeats
 
 
 def read_folder(folder: Path) -> list[Photo]:
-    """The photos of a folder and of its `10_name` subfolders, those ten times, in the order of their names.
+    """The photos of a folder and of its `10_name` subfolders, those ten times as often, in the order of their names.
 
     A photo's caption is the .txt of its name; its mask is name.mask.png, white on the subject, else its alpha channel.
     Raises ValueError that names the folder or file that cannot be used.
@@ -42,13 +43,20 @@ def fingerprint(folder: Path, endings: tuple[str, ...] = READ) -> str:
 
 
 def pictures_in(folder: Path) -> Iterator[Path]:
-    """The pictures of a folder without the masks among them, and those of its `10_name` subfolders ten times."""
+    """The pictures of a folder without the masks among them, and those of its `10_name` subfolders ten times as often.
+
+    Each comes no more often than their ratio takes: how long to train is not the folder's to say.
+    """
+    counted: list[tuple[Path, int]] = []
     for path in sorted(folder.iterdir()):
         repeats = REPEATS.fullmatch(path.name)
         if path.is_dir() and repeats:
-            yield from [inner for inner in own_pictures(path) for _ in range(int(repeats[1]))]
+            counted += [(inner, int(repeats[1])) for inner in own_pictures(path)]
         elif _is_picture(path):
-            yield path
+            counted.append((path, 1))
+    shared = gcd(*(times for _, times in counted)) or 1
+    for path, times in counted:
+        yield from [path] * (times // shared)
 
 
 def own_pictures(folder: Path) -> Iterator[Path]:

@@ -30,6 +30,7 @@ from concepts_pack.training.draws import draw
 
 from . import ranks
 from .conftest import WIDTH
+from .test_memory import grown
 
 METRIC = torch.eye(WIDTH)
 QUIET = Preview(every=0, steps=1)
@@ -224,3 +225,12 @@ def test_damaged_files_are_one_sentence(domain, photos, model, clip, vae, said):
     data = difference_file.with_metadata(difference_file.safetensors.torch.save(held), header)
     with pytest.raises(ValueError, match=said):
         difference_file.from_bytes(data, "bad.safetensors")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_five_trainings_hold_what_two_held(model, clip, vae, photos, domain, whole):
+    given = photos
+    method, learned = partial(TunedEdit, domain, given, METRIC, "toy"), tuning_recipe(domain, clip, "<mine>", 1, 0)
+    if whole:
+        method, learned = partial(TunedWhole, domain, given), whole_recipe(domain, "<mine>", 1, 0)
+    assert max(grown(lambda: learn_word(model, clip, vae, given, learned, QUIET, method_of=method), 2, 5)) <= 0

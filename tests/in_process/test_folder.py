@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from concepts_pack.training.folder import fingerprint, read_folder
+from concepts_pack.training.folder import fingerprint, pictures_in, read_folder
 from PIL import Image
 
 RED = Image.new("RGB", (48, 40), (255, 0, 0))
@@ -82,6 +82,17 @@ def test_subfolders_with_a_number_repeat(folder):
     photos = read_folder(folder)
     assert len(photos) == 4
     assert len({photo.picture.data_ptr() for photo in photos}) == 2  # repeats share their pixels
+
+
+@pytest.mark.parametrize(("names", "counts"), [
+    (("20_cat",), [1]), (("4_cat", "6_dog"), [2, 3]), (("0_cat", "5_dog"), [0, 1]), (("0_cat",), [0]),
+])
+def test_repeats_are_only_their_ratio(folder, names, counts):
+    for name in names:
+        (folder / name).mkdir()
+        RED.save(folder / name / "x.png")
+    found = [path.parent.name for path in pictures_in(folder)]
+    assert [found.count(name) for name in names] == counts
 
 
 @pytest.mark.parametrize("name", ["2024_summer", "20240712_trip"])

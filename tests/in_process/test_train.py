@@ -180,3 +180,11 @@ def test_a_batch_in_pieces_is_the_same_step(velocity_model, clip, accumulation):
     for (losses, _), way in zip(ends[1:], moved[1:], strict=True):
         torch.testing.assert_close(losses, ends[0][0], rtol=1e-4, atol=0)
         torch.testing.assert_close(way, moved[0], rtol=1e-2, atol=1e-3 * moved[0].abs().max().item())
+
+
+@pytest.mark.parametrize("sentence", ["a {}-themed room", "{}s on a table"])
+def test_a_sentence_that_hides_the_word_is_refused(model, clip, vae, photos, sentence):
+    """Nothing would be learned under it; a word in brackets stands out anyhow."""
+    with pytest.raises(ValueError, match="ohwx is not a word of its own in"):
+        learn_word(model, clip, vae, gather([photos]), recipe(placeholder="ohwx", sentences=(sentence,)), QUICK)
+    learn_word(model, clip, vae, gather([photos]), recipe(steps=1, sentences=(sentence,)), QUICK)

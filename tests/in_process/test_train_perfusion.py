@@ -23,6 +23,7 @@ from concepts_pack.training.draws import draw
 from concepts_pack.training.loop import Plan, train
 
 from .conftest import WIDTH
+from .test_memory import grown
 
 QUIET = Preview(every=0, steps=1)
 METRIC = torch.eye(WIDTH)
@@ -230,3 +231,8 @@ def test_sdxl_learns_with_both_encoders(other_base, vae, photos):
     lesson = learn_word(base, text, vae, gather([photos]), recipe(steps=2), QUIET,
                         method_of=partial(EditMethod, torch.eye(width), "toy"))
     assert len(lesson.concept.edit.target_input) == width and all(map(torch.isfinite, map(torch.tensor, lesson.losses)))
+
+
+def test_five_trainings_hold_what_two_held(model, clip, vae, photos):
+    given = gather([photos])
+    assert max(grown(lambda: learn_word(model, clip, vae, given, recipe(steps=1), QUIET, method_of=METHOD), 2, 5)) <= 0
