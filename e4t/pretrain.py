@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -257,8 +258,10 @@ def pretrain(
                           samples.vision)
 
         try:
-            if not losses and not start:
+            if not learner.clock and not start:
                 learner.recognise(lessons, workers)
+                if workers.first:
+                    states.save(losses, learner.optimiser)
             _train(learner, lessons, samples.part(len(samples.latents) - held, len(samples.latents)), losses, keeping,
                    states, workers, bf16, watch, lambda: kept(domain()))
         finally:
@@ -342,7 +345,8 @@ def _run(recipe: Recipe, samples: Samples, weights: str, start: Domain | None) -
     digest.update(to_bytes(start) if start else b"")
     digest.update(samples.vision.encode())
     digest.update(samples.source.encode() or samples.latents[:, 0, :, ::4, ::4].contiguous().numpy().tobytes())
-    return f"e4t-{recipe.word}-{digest.hexdigest()[:16]}"
+    word = re.sub(r"[^\w-]+", "-", recipe.word)
+    return f"e4t-{word}-{digest.hexdigest()[:16]}"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch.nn.functional import cross_entropy, normalize
 
+from ..host.progress import stop_if_cancelled
 from ..training.draws import seeded
 from .encoder import Encoder
 from .samples import Samples
@@ -25,6 +26,7 @@ def recognise(encoder: Encoder, samples: Samples, steps: int, seed: int) -> None
     optimiser = torch.optim.AdamW(heard, lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps)
     for step in range(steps):
+        stop_if_cancelled()
         generator = seeded(seed, "recognised", step)
         chosen = torch.randperm(subjects, generator=generator)[:SUBJECTS]
         first = torch.randint(views, (len(chosen),), generator=generator)

@@ -22,7 +22,7 @@ from .text import UNUSED
 
 AMPLE = 25  # bytes for each weight at 512 pixels: 20 GB on SD1.x, room for a batch of 4 with all activations kept
 
-MOST = 0.7  # of a card for weights: what is left is for activations, previews and the system
+MOST = 0.6  # of a card for weights: what is left is for activations, previews and the system
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def memory_is_short(model: ModelPatcher) -> bool:
 def card_is_small(model: ModelPatcher, clip: CLIP) -> bool:
     """Whether the weights of both, the text encoder's in single precision, would fill most of the model's card.
 
-    SDXL's take 8.4 GB.
+    SDXL's take 8.4 GB, and a batch of 4 at 1024 pixels 3 more.
     """
     parts = ((model.model, model.model.get_dtype_inference().itemsize), (clip.cond_stage_model, 4))
     weights = sum(size * weight.numel() for part, size in parts for weight in part.parameters())

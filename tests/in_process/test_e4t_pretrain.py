@@ -10,6 +10,8 @@ import sys
 from contextlib import contextmanager
 from dataclasses import replace
 
+import comfy.model_management
+import concepts_pack.e4t.pretrain
 import pytest
 import torch
 from concepts_pack.e4t.domain import load, save
@@ -20,6 +22,7 @@ from concepts_pack.e4t.recognition import recognise
 from concepts_pack.e4t.samples import Samples, draw_pair, later, read_samples
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.cross_attention import cross_attentions
+from concepts_pack.host.progress import Cancelled
 from concepts_pack.perfusion.apply import Applied, Call
 from concepts_pack.perfusion.concept import Edit
 from concepts_pack.textual_inversion.templates import fill
@@ -121,10 +124,11 @@ def test_a_gradient_that_is_not_finite_moves_nothing(model, clip, lost):
         assert not torch.equal(before[0], learner.trained[0]) and learner.sound()
 
 
-def test_lost_losses_are_one_sentence_and_leave_no_state(model, clip, tmp_path):
+def test_lost_losses_are_one_sentence_and_leave_no_state_of_theirs(model, clip, tmp_path):
     with pytest.raises(ValueError, match="stopped being a number at step"):
         learn(model, clip, tmp_path, rate=1e30, steps=20)
-    assert not list(tmp_path.iterdir())
+    (before_any,) = tmp_path.iterdir()
+    assert before_any.name.endswith("-step0000000.safetensors")
 
 
 @pytest.mark.parametrize(("changes", "said"), [({"steps": 0}, "needs an end"), ({"word": " "}, "says nothing")])
@@ -351,6 +355,25 @@ def test_a_new_stem_learns_to_tell_subjects_apart():
     assert recognised(encoder, pictures) >= 0.8 > before
     left = (p for name, p in encoder.named_parameters() if not name.startswith(("stem", "levels")))
     assert all(torch.equal(one, two) for one, two in zip(others, left, strict=True))
+
+
+def test_what_a_stem_learned_first_is_not_learned_again(model, clip, tmp_path, monkeypatch):
+    """The word's slash is no folder of the state's."""
+    taught = []
+    monkeypatch.setattr(concepts_pack.e4t.pretrain, "recognise", lambda *args: taught.append(args))
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Learner, "step", lambda *args: (_ for _ in ()).throw(Stop))
+        learn(model, clip, tmp_path, word="cat/dog")
+    assert len(taught) == 1 and len(list(tmp_path.glob("e4t-cat-dog-*.safetensors"))) == 1
+    learn(model, clip, tmp_path, word="cat/dog", steps=1)
+    assert len(taught) == 1
+
+
+def test_a_stem_that_learns_hears_cancel():
+    encoder = Encoder(Shape((8, 16), 4, {"clip_l": 4}, {"layer": 4}, side=32))
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(Cancelled):
+        recognise(encoder, SAMPLES, 60, 0)
 
 
 @pytest.mark.parametrize("part", [slice(0, 1), slice(0, 4)])
