@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from ..e4t import domain, tune
 from ..e4t.tune import TunedEdit, tuning_recipe
@@ -132,31 +133,24 @@ def settings(label: str, file: Path, cfg: float, bias: float) -> str:
     return hashlib.sha256(f"{label} {paces} {cfg} {bias} {SCENES} {code()}".encode() + uses).hexdigest()[:12]
 
 
-def summary(rows: Iterable[tuple]) -> dict[str, dict]:
-    """Means and intervals of what `one` found, by label."""
+def summary(rows: Iterable[tuple], seeds: int) -> dict[str, dict]:
+    """Means and intervals of what `one` found, by label, for rows in the order of seed and instance.
+
+    With them, how far the ID is beyond that of the rival's best label.
+    """
     found: dict[str, list] = {}
     for label, *figures in rows:
         found.setdefault(label, []).append(figures)
-    columns = {label: np.array(figures).T for label, figures in found.items()}
-    return {label: {"ID": interval(identity), "TXT": interval(prompt), "seconds, median": float(np.median(seconds))}
-            for label, (identity, prompt, seconds) in columns.items()}
-
-
-def beyond_rival(rows: Iterable[tuple], seeds: int) -> dict:
-    """By label, how far its ID is beyond that of the rival's best label, for `rows` in the order of seed and instance.
-
-    Things differ more than seeds do, so the intervals are those of the means of the instances.
-    """
-    found: dict[str, list[float]] = {}
-    for label, identity, *_ in rows:
-        found.setdefault(label, []).append(identity)
-    means = {label: np.array(identities).reshape(seeds, -1).mean(axis=0) for label, identities in found.items()}
-    rivals = [label for label in means if label.startswith(RIVAL)]
-    if not rivals:
-        return {}
-    best = max(rivals, key=lambda label: means[label].mean())
-    beyond = {label: interval(each - means[best]) for label, each in means.items()}
-    return {"rival": best, "ID beyond the rival's": beyond}
+    columns = {label: rearrange(np.array(figures), "(seed thing) figure -> figure thing seed", seed=seeds)
+               for label, figures in found.items()}
+    result = {label: {"ID": interval(identity), "TXT": interval(prompt), "seconds, median": float(np.median(seconds))}
+              for label, (identity, prompt, seconds) in columns.items()}
+    rivals = [label for label in columns if label.startswith(RIVAL)]
+    if rivals:
+        best = max(rivals, key=lambda label: result[label]["ID"][0])
+        for label, (identity, *_) in columns.items():
+            result[label][f"ID beyond {best}"] = interval(identity - columns[best][0])
+    return result
 
 
 def record(file: Path) -> dict:
@@ -179,11 +173,11 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def measured(args: argparse.Namespace, file: Path, labels: Iterable[str]) -> dict[str, dict]:
-    """Means and intervals over instances and seeds, by label, and what `beyond_rival` makes of them."""
+    """`summary` over instances and seeds."""
     jobs = [(args.domain, file, number, seed, args.cfg, args.bias, tuple(labels))
             for seed in range(args.seeds) for number in range(args.instances)]
     rows = [row for part in parallel(one, *zip(*jobs, strict=True), workers=args.workers) for row in part]
-    return summary(rows) | beyond_rival(rows, args.seeds)
+    return summary(rows, args.seeds)
 
 
 def conditions(args: argparse.Namespace) -> dict:

@@ -20,7 +20,7 @@ BLIND = "E4T + Perfusion without the encoder"
 
 def main() -> None:
     own = parser(__doc__)
-    own.add_argument("--steps", type=int, default=1000)
+    own.add_argument("--steps", type=int, default=600)
     args = own.parse_args()
     settings = [["--steps", str(args.steps), "--name", f"{args.domain}-{number}", *changes]
                 for number, changes in enumerate(ARMS.values())]

@@ -1,8 +1,8 @@
 """Perfusion's figures on the sample world: `python3 dev.py run benchmarks/perfusion.py`.
 
 `--part single`: one concept learned by Perfusion with locked and with trained keys and by Textual Inversion, drawn in
-scenes at eight biases. `--part pairs`: two separately learned concepts in one picture, and `--part judge`: what their
-judge makes of true renders. `--part leaks`: attention outside the subject. `--part masks`:
+scenes at eight biases. `--part pairs --seeds 3`: two separately learned concepts in one picture, and `--part judge`:
+what their judge makes of true renders. `--part leaks`: attention outside the subject. `--part masks`:
 zero-shot masks beside the true ones. `--part settings`: the variants of `--variants`.
 Settings are chosen with `--split validation`; what is reported comes from `--split test`.
 """
@@ -130,8 +130,8 @@ def summary(found: list[tuple]) -> dict:
     """Means with intervals by label and bias, rank correlations with the bias, and the paired effect of the lock."""
     result: dict = {"curves": {}}
     for label, bias in dict.fromkeys(row[:2] for row in found):
-        chosen = np.array([row[2:4] for row in found if row[:2] == (label, bias)])
-        result["curves"].setdefault(label, {})[bias] = {"ID": interval(chosen[:, 0]), "TXT": interval(chosen[:, 1])}
+        identity, text = by_concept(found, label, bias)
+        result["curves"].setdefault(label, {})[bias] = {"ID": interval(identity), "TXT": interval(text)}
     base_id = result["curves"]["class word"][0]["ID"][0]
     for label in ("locked keys",) if "locked keys" in result["curves"] else ():
         curve = result["curves"][label]
@@ -142,14 +142,20 @@ def summary(found: list[tuple]) -> dict:
             "share of the way from class word to best ID that the slider spans":
                 (max(ids) - min(ids)) / (max(ids) - base_id),
         }
-    pairs: dict = {}
-    for label, bias, identity, text, seed, name in found:
-        pairs.setdefault((bias, seed, name), {})[label] = (identity, text)
-    both = [(pair["locked keys"], pair["trained keys"]) for pair in pairs.values() if "trained keys" in pair]
-    if both:
-        difference = np.array([np.subtract(*pair) for pair in both])
-        result["locked - trained keys"] = {"ID": interval(difference[:, 0]), "TXT": interval(difference[:, 1])}
+    for bias in result["curves"].get("trained keys", ()):
+        differences = by_concept(found, "locked keys", bias) - by_concept(found, "trained keys", bias)
+        result.setdefault("locked - trained keys", {})[bias] = dict(zip(("ID", "TXT"), map(interval, differences),
+                                                                        strict=True))
     return result
+
+
+def by_concept(found: list[tuple], label: str, bias: float) -> np.ndarray:
+    """ID and TXT (2 concept seed) of rows that hold every seed of every concept, those of a concept in one order."""
+    values: dict[str, list] = {}
+    for *which, identity, text, _, name in found:
+        if which == [label, bias]:
+            values.setdefault(name, []).append((identity, text))
+    return np.moveaxis(np.array(list(values.values())), -1, 0)
 
 
 @torch.no_grad()
@@ -183,9 +189,9 @@ def leaks(names: list[str], seeds: int) -> dict:
         for seed in range(seeds):
             for label, changes in KEYS.items():
                 values[label].append(leak(base, learned(base, name, seed, label, **changes), pictures, masks))
-    difference = np.subtract(values["locked keys"], values["trained keys"])
-    return {**{label: interval(np.array(found)) for label, found in values.items()},
-            "locked - trained keys": interval(difference)}
+    shares = {label: np.array(found).reshape(len(names), seeds) for label, found in values.items()}
+    return {**{label: interval(found) for label, found in shares.items()},
+            "locked - trained keys": interval(shares["locked keys"] - shares["trained keys"])}
 
 
 def pairs(names: list[str], seeds: int, cfg: float, bias: float, workers: int) -> dict:
@@ -196,11 +202,12 @@ def pairs(names: list[str], seeds: int, cfg: float, bias: float, workers: int) -
     for found in parallel(one_pair, *zip(*jobs, strict=True), workers=workers):
         for label, rate in found.items():
             rates.setdefault(label, []).append(rate)
-    return {label: averages(found) for label, found in rates.items()}
+    return {label: averages(found, len(names)) for label, found in rates.items()}
 
 
-def averages(found: list[dict[str, float]]) -> dict:
-    return {measure: interval(np.array([one[measure] for one in found])) for measure in found[0]}
+def averages(found: list[dict[str, float]], things: int) -> dict:
+    """Means and intervals of what was found, in the order of seed and thing, by measure."""
+    return {measure: interval(np.array([one[measure] for one in found]).reshape(-1, things).T) for measure in found[0]}
 
 
 def one_pair(first: str, second: str, seed: int, cfg: float, bias: float) -> dict[str, dict[str, float]]:
@@ -281,7 +288,7 @@ def judged_renders(names: list[str], count: int = 8) -> dict:
                  for number, (one, two) in enumerate(posed)]
         rates.append(rightness(oracle, torch.from_numpy(np.stack(drawn)).float() / 255, first, second, reals))
         print(f"{first} and {second}, true renders: {rates[-1]}", flush=True)
-    return {"true renders": averages(rates), "renders of each pair": count}
+    return {"true renders": averages(rates, len(names)), "renders of each pair": count}
 
 
 def mask_quality(names: list[str], count: int = 16) -> dict:
@@ -310,7 +317,7 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cfg", type=float, default=3.0)
-    parser.add_argument("--bias", type=float, default=0.7, help="of the pairs")
+    parser.add_argument("--bias", type=float, default=0.8, help="of the pairs")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--variants", type=json.loads, default={}, help="settings by label, as JSON")
     args = parser.parse_args()

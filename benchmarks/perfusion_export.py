@@ -27,7 +27,6 @@ from ..perfusion.lora import to_lora
 from ..perfusion.use import apply_concept
 from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
-from .microworld import interval
 from .perfusion import averages, learned
 from .sampling import draw, load_checkpoint
 from .textual_inversion import REAL_SEED, SCENES, judge
@@ -100,16 +99,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--concepts", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--cfg", type=float, default=3.0)
     args = parser.parse_args()
     names = [name for name, concept in CONCEPTS.items() if concept.split == args.split][: args.concepts]
     jobs = [(name, seed, args.cfg) for seed in range(args.seeds) for name in names]
     found = list(parallel(one, *zip(*jobs, strict=True), workers=args.workers))
-    layers = {bias: averages([differences[bias] for differences, _ in found]) for bias in found[0][0]}
-    pictures = {label: dict(zip(("ID", "TXT"), map(interval, np.array([scores[label] for _, scores in found]).T),
-                                strict=True)) for label in found[0][1]}
+    count = len(names)
+    layers = {bias: averages([differences[bias] for differences, _ in found], count) for bias in found[0][0]}
+    pictures = {label: averages([dict(zip(("ID", "TXT"), scores[label], strict=True)) for _, scores in found], count)
+                for label in found[0][1]}
     keep({"|LoRA - edit| / |edit - plain|": layers, "pictures": pictures, "split": args.split, "concepts": names,
           "seeds": args.seeds, "cfg": args.cfg}, "perfusion_export")
 

@@ -120,7 +120,7 @@ def main() -> None:
     jobs = [(first, second, seed, args) for seed in range(args.seeds)
             for first, second in zip(names, [*names[1:], names[0]], strict=True)]
     found = list(parallel(one_pair, *zip(*jobs, strict=True), workers=args.workers))
-    result = {label: averages([one[label] for one in found]) for label in found[0]}
+    result = {label: averages([one[label] for one in found], len(names)) for label in found[0]}
     text = json.dumps(result | vars(args) | {"concepts": names}, indent=1)
     if args.split == "test":
         (HERE / "results" / "perfusion_regions.json").write_text(text + "\n")

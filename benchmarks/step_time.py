@@ -160,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--alone", choices=("ours", "diffusers"), help="only print this one's peak memory in GB")
     args = parser.parse_args()
     if args.alone:

@@ -76,7 +76,7 @@ def compare(names: list[str], seeds: int, cfg: float, variants: dict[str, dict])
     jobs = len(names)
     rows = [row for part in parallel(_scores, names, [seeds] * jobs, [cfg] * jobs, [variants] * jobs) for row in part]
     labels = dict.fromkeys(label for label, *_ in rows)
-    return {label: {measure: interval(np.array([row[place] for row in rows if row[0] == label]))
+    return {label: {measure: interval(np.array([row[place] for row in rows if row[0] == label]).reshape(jobs, -1))
                     for place, measure in ((1, "ID"), (2, "TXT"))} for label in labels}
 
 
@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=("photos", "vectors", "debias", "settings"), default="photos")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument("--concepts", type=int, default=8)
+    parser.add_argument("--concepts", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--workers", type=int, default=2, help="of debias")
@@ -156,7 +156,7 @@ def main() -> None:
             "settings": args.variants,
         }[args.part]
         variants = {label: {**changes, **args.changes} for label, changes in variants.items()}
-        result = compare(names, args.seeds, args.cfg, variants)
+        result = compare(names, args.seeds, args.cfg, variants) | {"concepts": names}
     result |= {"split": args.split, "seeds": args.seeds, "cfg": args.cfg, "changes": args.changes}
     text = json.dumps(result, indent=1)
     if args.split == "test":

@@ -71,7 +71,7 @@ class ConceptsTrainPerfusion(io.ComfyNode):
                                tooltip="How gradually the edit sets in around that, while learning."),
                 io.Float.Input("momentum", default=0.9, min=0.0, max=0.999, step=0.001, round=0.0001, advanced=True,
                                tooltip=(
-                    "How slowly the edit's target follows the word while it is learned. 0.99 suits 400 steps or more."
+                    "How slowly the edit's target follows the word while it is learned; 0.99 in the paper."
                 )),
                 io.Boolean.Input("train_keys", default=False, advanced=True, tooltip=(
                     "Also learn where the word attracts attention, instead of locking it to the class word: looks a "
