@@ -136,7 +136,7 @@ def _pattern(words: Mapping[str, Word]) -> re.Pattern:
     An `embedding:` before it belongs to the match. One before the name of a file is a match without a word.
     """
     longest_first = sorted((word.placeholder for word in words.values()), key=len, reverse=True)
-    any_word = "|".join(rf"(?<![\w-]){re.escape(p)}(?![\w-])" if p[0].isalnum() else re.escape(p)
+    any_word = "|".join(rf"(?<![\w-]){re.escape(p)}(?![\w-])" if p[0] != "<" else re.escape(p)
                         for p in longest_first)
     return re.compile(rf"(?P<prefix>embedding:\s*)?(?P<word>{any_word})(?(prefix)(?![./\\]\w))"
                       r"|embedding:\s*[^\s,()<\[]*", re.IGNORECASE)

@@ -132,8 +132,10 @@ def _around_calls(overrides: Overrides) -> Callable:
         acting = [edit for edit in transformer_options.get(KEY, ()) if _acts(edit, sampling, t)]
         edits = list({edit.placeholder: edit for edit in reversed(acting)}.values())[::-1]
         layers, held = overrides(cross_attentions(executor.class_obj.diffusion_model), edits)
+        # Without what grows with every call, for which compiled models would be compiled again.
+        passed = {name: option for name, option in transformer_options.items() if name != MET} | {RUNNING: True}
         with overridden(layers):
-            result = executor(x, t, c_concat, c_crossattn, control, {**transformer_options, RUNNING: True}, **kwargs)
+            result = executor(x, t, c_concat, c_crossattn, control, passed, **kwargs)
         if MET in transformer_options:
             transformer_options[MET].append((edits, held()))
         return result

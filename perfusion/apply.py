@@ -46,8 +46,8 @@ class Applied(Unchanging):
         return float("-inf") if self.everywhere else self.edit.presence
 
 
-def applied(edit: Edit, precision: Tensor, placeholder: str, **settings) -> Applied:
-    """An edit ready for models whose text encoder has the precision C⁻¹ (d d)."""
+def applied(edit: Edit, precision: Tensor | None, placeholder: str, **settings) -> Applied:
+    """An edit ready for models whose text encoder has the precision C⁻¹ (d d), as `Edit.dual_under` takes it."""
     return Applied(edit, edit.dual_under(precision).float(), placeholder, **settings)
 
 
@@ -71,7 +71,9 @@ class Call:
     def __init__(self, layers: Sequence[str], edits: Sequence[Applied], encodings: Tensor | None = None) -> None:
         """With `encodings` (b n d) every layer is taken to receive these, as in training."""
         self.layers, self.edits = layers, edits
-        self.known: dict[int, tuple] = {}
+        self.trained_keys = [dict(a.edit.keys) for a in edits]  # torch.compile cannot read the edit's own mappings
+        self.learned_values = [dict(a.edit.values) for a in edits]
+        self.known: list[tuple[Tensor, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]] = []
         self.seen: list[Tensor] = []
         self.only: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
         if encodings is not None:
@@ -83,7 +85,7 @@ class Call:
 
     def keys(self, name: str, forward: Callable, encodings: Tensor) -> Tensor:
         """Locked keys: o*_K = W_K·(super-category), whatever the model's weights are now."""
-        trained = [a.edit.keys.get(name) for a in self.edits]
+        trained = [keys.get(name) for keys in self.trained_keys]
         if all(key is None for key in trained):
             return self._edited(forward, encodings, lambda own: own, KEYS)
         return self._edited(forward, encodings, lambda own: torch.stack(
@@ -112,7 +114,8 @@ class Call:
             return self.only
         if not self.known:
             self._move(encodings.device)
-        if id(encodings) not in self.known:
+        amounts = next((found for seen, found in self.known if seen is encodings), None)
+        if amounts is None:
             s = similarity(encodings.float(), self.inputs, self.dual)
             most = s.amax(1, keepdim=True)
             self.seen.append(most.amax((0, 1)))
@@ -125,8 +128,9 @@ class Call:
             c = c - untouched * ~self.everywhere
             gates = torch.cat([g, given_back * ~self.everywhere], -1)
             keys = c * self.key_strength, gates * self.key_strength.repeat(2)
-            self.known[id(encodings)] = encodings, (keys, (c, gates))
-        return self.known[id(encodings)][1]
+            amounts = keys, (c, gates)
+            self.known.append((encodings, amounts))
+        return amounts
 
     def _through(self, forward: Callable, encodings: Tensor) -> tuple[Tensor, Tensor]:
         """W i* and W·(super-category) (j d_l), fp32, with all that LoRAs and quantisation make of W."""
@@ -134,12 +138,12 @@ class Call:
 
     def _move(self, device: torch.device) -> None:
         """Brings everything to the device, each kind in one piece."""
-        edits = [a.edit for a in self.edits]
+        edits, learned = [a.edit for a in self.edits], self.learned_values
         self.inputs = torch.stack([edit.target_input for edit in edits]).to(device)
         self.vectors = torch.cat([self.inputs, torch.stack([edit.super_input for edit in edits]).to(device)])[None]
         self.dual = torch.stack([a.dual for a in self.edits]).to(device)
-        values = torch.stack([torch.cat([edit.values[name] for name in self.layers]) for edit in edits]).to(device)
-        sizes = [len(edits[0].values[name]) for name in self.layers]
+        values = torch.stack([torch.cat([own[name] for name in self.layers]) for own in learned]).to(device)
+        sizes = [len(learned[0][name]) for name in self.layers]
         self.learned = dict(zip(self.layers, values.split(sizes, 1), strict=True))
         self.bias, self.temperature, self.presence, self.strength, self.key_strength = torch.tensor([
             [a.bias, a.temperature, a.presence, a.strength, a.key_strength] for a in self.edits

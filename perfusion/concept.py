@@ -34,6 +34,7 @@ class Edit(Unchanging):
         object.__setattr__(self, "values", MappingProxyType(dict(self.values)))
         object.__setattr__(self, "keys", MappingProxyType(dict(self.keys)))
 
-    def dual_under(self, precision: Tensor) -> Tensor:
-        """C⁻¹ i* (d) in double precision, the concept's own or under the precision C⁻¹ (d d) of its text encoder."""
+    def dual_under(self, precision: Tensor | None) -> Tensor:
+        """C⁻¹ i* (d) in double precision, the concept's own or under the precision C⁻¹ (d d) of its text encoder, which
+        only a concept without its own needs."""
         return dual_of(self.target_input[None], precision)[0] if self.dual is None else self.dual.double()

@@ -15,6 +15,7 @@ from ..host.progress import ProgressBar, stop_if_cancelled
 from ..host.sockets import CLIP
 from ..host.text import encode_batch, fingerprint_of, plain, ready, widths
 from ..training.disk import read_safetensors, write_whole
+from .concept import Edit
 from .corpus import captions
 
 BATCH = 32
@@ -38,6 +39,11 @@ def precision(clip: CLIP, own_text: str = "") -> Tensor:
         for oldest in list(_remembered)[:-REMEMBERED]:
             del _remembered[oldest]
     return _remembered[digest]
+
+
+def precision_for(edit: Edit, clip: CLIP) -> Tensor | None:
+    """The same for using an edit, and nothing for one that brings its own C⁻¹ i* along."""
+    return precision(clip) if edit.dual is None else None
 
 
 def corpus_name(own_text: str) -> str:

@@ -31,8 +31,9 @@ def encode_with_global_keys(clip: CLIP, text: str) -> Conditioning:
     numbers, others = word_numbers(clip, text), word_numbers(ordinary, text)
     places = [places_in(numbers[encoder], others[encoder]) for encoder in widths(clip)]
     return with_key_text(conditioning, [
-        torch.cat([part[:, at] for part, at in zip(encoding.split(sizes, -1), places, strict=True)], -1)
-        for encoding, _ in conditioning_of(ordinary, text)
+        torch.cat([part[:, at[:written.shape[1]].clamp(max=part.shape[1] - 1)]  # as the host cuts a pair's
+                   for part, at in zip(encoding.split(sizes, -1), places, strict=True)], -1)
+        for (written, _), (encoding, _) in zip(conditioning, conditioning_of(ordinary, text), strict=True)
     ])
 
 

@@ -9,7 +9,7 @@ from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
 from ..training.preview import FAINT, INK, LINE, PANEL, PAPER, RAW
 from .apply import BIAS, TEMPERATURE
-from .covariance import precision
+from .covariance import precision_for
 from .edit import gate_of_kin, similarity
 from .file import check_encoder
 
@@ -25,7 +25,8 @@ def gates(clip: CLIP, concept: Concept, prompt: str, bias: float = BIAS,
     """
     check_encoder(concept, sum(widths(clip).values()))
     taught = apply_words(clip, concept, 1.0)
-    target, dual = concept.edit.target_input[None], concept.edit.dual_under(precision(clip)).float()
+    target = concept.edit.target_input[None]
+    dual = concept.edit.dual_under(precision_for(concept.edit, clip)).float()
     encodings = encode(ready(taught), prompt)[0][0].float().cpu()
     s = similarity(encodings, target, dual[None])[:, 0]
     open_ = gate_of_kin(s, bias, temperature)

@@ -9,7 +9,7 @@ from ..host.text import widths
 from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
 from .apply import Applied, applied, overrides
-from .covariance import encoder_fingerprint, precision
+from .covariance import encoder_fingerprint, precision_for
 from .file import check_encoder, check_fits
 
 log = logging.getLogger("concepts")
@@ -65,7 +65,7 @@ def _ready(
     if concept.edit.encoder and concept.edit.encoder != encoder_fingerprint(clip):
         log.warning("%s was learned with another text encoder than this one, or with another CLIP Set Last Layer in "
                     "front of where it is applied; it may look less like its photos.", word.placeholder)
-    edit = applied(concept.edit, precision(clip), word.placeholder, strength=strength, **settings)
+    edit = applied(concept.edit, precision_for(concept.edit, clip), word.placeholder, strength=strength, **settings)
     if edit.start >= edit.end:
         raise ValueError(f"{word.placeholder} would never act: its start ({edit.start:.2f}) is not before its end "
                          f"({edit.end:.2f}); set the start lower or the end higher.")

@@ -118,6 +118,16 @@ def test_an_encoder_that_learned_nothing_keeps_its_places():
     assert not torch.allclose(keys_of(result)[..., :WIDTH], result[0][0][..., :WIDTH])
 
 
+@pytest.mark.parametrize("filler", range(69, 77))
+@pytest.mark.parametrize("length", [1, 4])
+def test_encoders_that_need_sections_of_their_own_number(filler, length):
+    """The second reads the class word, which is longer or shorter than the learned one at the section's border."""
+    clip = make_other_clip("SDXL")
+    known = taught(clip, "teddy bear", length, widths={"clip_l": WIDTH})
+    result = encode_with_global_keys(known, "on " * filler + "<mine>")
+    assert keys_of(result).shape == result[0][0].shape
+
+
 def test_prompts_without_a_learned_word_are_those_of_clip_text_encode(clip):
     for encoder in (clip, taught(clip)):
         (context, options), = ConceptsEncodeGlobalKeys.execute(encoder, "a cat at sea").result[0]

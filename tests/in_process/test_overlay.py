@@ -91,6 +91,13 @@ def test_longest_placeholder_wins_and_none_matches_inside_a_word(clip):
     assert [torch.equal(t, w.vectors["clip_l"][0]) for t, w in zip(found, (long, short), strict=True)] == [True, True]
 
 
+@pytest.mark.parametrize("placeholder", ["_x", "-y", "__anna__"])
+def test_a_placeholder_that_begins_with_a_line_is_not_found_inside_a_word(clip, placeholder):
+    overlaid = with_words(clip, [word(placeholder)])
+    found = [t for t, _ in overlaid.tokenize(f"my{placeholder} {placeholder} {placeholder}z, ({placeholder})")["l"][0]]
+    assert sum(map(torch.is_tensor, found)) == 2
+
+
 @pytest.mark.parametrize(("ours", "file"), [
     ("a embedding:<one> b", "a embedding:one b"),
     ("a embedding: <one>, b", "a embedding:one, b"),

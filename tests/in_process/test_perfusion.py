@@ -147,7 +147,7 @@ def test_batches_and_lengths_do_not_mix(model, edit, precision, prompts):
 @pytest.fixture
 def hook(model, clip, precision, monkeypatch):
     """Concept as Hook for an edit, with the metric of these tests; gives the hooks."""
-    monkeypatch.setattr("concepts_pack.perfusion.use.precision", lambda clip: precision)
+    monkeypatch.setattr("concepts_pack.perfusion.use.precision_for", lambda edit, clip: precision)
 
     def make(edit, placeholder="<mine>", strength=1.0, **settings):
         word = Word(placeholder, "cat", {"clip_l": torch.randn(1, WIDTH, generator=generator(7))})
@@ -279,6 +279,15 @@ def test_a_concept_with_a_metric_of_its_own(model, edit, precision, prompts):
     assert not near(sample(patched(model, edit, torch.eye(WIDTH)), cond(prompts[0]), cond(prompts[1])), expected)
 
 
+def test_a_metric_of_its_own_spares_measuring_the_encoder(model, clip, edit, monkeypatch):
+    monkeypatch.setattr("concepts_pack.perfusion.covariance.precision", pytest.fail)
+    word, own = Word("<mine>", "cat", {"clip_l": torch.ones(1, WIDTH)}), replace(edit, dual=edit.target_input)
+    own = Concept((word,), own, BASE)
+    for use in (apply_concept, concept_hook):
+        use(model, clip, own, 1.0)
+    assert gates(clip, own, "a <mine>")
+
+
 def test_order_of_concepts_does_not_matter(model, edit, precision, prompts):
     second = edit_of(model, prompts[0][0, 4].clone(), seed=8)
     pair = [applied(edit, precision, "<mine>"), applied(second, precision, "<two>")]
@@ -327,22 +336,27 @@ def test_patches_of_other_packs_still_run(model, edit, precision, prompts):
 
 
 @pytest.mark.parametrize("order", ["apply, compile", "compile, apply", "apply, compile, apply"])
-def test_compiled_models(model, edit, precision, prompts, order):
-    """In whichever order, as the host's wrapper puts a compiled UNet in place of the model's own."""
+def test_compiled_models(model, edit, precision, prompts, order, monkeypatch):
+    """In whichever order, as the host's wrapper puts a compiled UNet in place of the model's own; and it stays compiled
+    in the steps that follow."""
+    from comfy.ldm.modules import attention
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     torch._dynamo.reset()
+    monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)  # the processor's reads files
     second = edit_of(model, prompts[0][0, 4].clone(), seed=8)
     edits = [applied(edit, precision, "<mine>"), applied(second, precision, "<two>")][:order.count("apply")]
-    expected = sample(with_edits(model, edits, overrides), cond(prompts[0]), cond(prompts[1]), steps=1)
+    expected = sample(with_edits(model, edits, overrides), cond(prompts[0]), cond(prompts[1]), steps=10)
     compiled = model.clone()
     for step in order.split(", "):
         if step == "apply":
             compiled = with_edits(compiled, [edits.pop(0)], overrides)
         else:
             set_torch_compile_wrapper(compiled, backend="eager")
-    torch.testing.assert_close(sample(compiled, cond(prompts[0]), cond(prompts[1]), steps=1), expected,
+    torch._dynamo.utils.counters.clear()
+    torch.testing.assert_close(sample(compiled, cond(prompts[0]), cond(prompts[1]), steps=10), expected,
                                rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def test_layers_keep_their_names_when_compiled():
@@ -500,7 +514,7 @@ def said(caplog):
 
 
 def test_another_clip_skip_is_named(model, clip, edit, precision, said, monkeypatch):
-    monkeypatch.setattr("concepts_pack.perfusion.use.precision", lambda clip: precision)
+    monkeypatch.setattr("concepts_pack.perfusion.use.precision_for", lambda edit, clip: precision)
     word, skipped = Word("<mine>", "cat", {"clip_l": torch.ones(1, WIDTH)}), clip.clone()
     skipped.clip_layer(-2)
     known = Concept((word,), replace(edit, encoder=encoder_fingerprint(clip)), BASE)
