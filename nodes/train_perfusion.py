@@ -58,7 +58,7 @@ class ConceptsTrainPerfusion(io.ComfyNode):
                     )),
                 ]),
                 chosen_seed(),
-                *how_to_look(kind="object", mask_floor=0.1),
+                *how_to_look(),
                 io.Boolean.Input("own_masks", default=True, advanced=True, tooltip=(
                     "Without masks, find the thing by where the model looks for the init text, so that backgrounds "
                     "are not learned."

@@ -51,7 +51,7 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
                     "How many token places the word takes in the prompt. More hold more detail and push the rest of "
                     "the prompt aside."
                 )),
-                *how_to_look(kind="object", mask_floor=0.1),
+                *how_to_look(),
                 io.Float.Input("keep_length", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
                     "How strongly the vectors are drawn back to the length of the init text's after each step. 0 lets "
                     "them grow: closer to the photos. Higher: obeys the prompt more."

@@ -78,10 +78,10 @@ def chosen_seed() -> io.Input:
     ))
 
 
-def how_to_look(kind: str, mask_floor: float) -> list[io.Input]:
+def how_to_look() -> list[io.Input]:
     """Sentences, views of the photos, weights of the loss."""
     return [
-        io.Combo.Input("sentences", options=list(BY_KIND), default=kind, advanced=True, tooltip=(
+        io.Combo.Input("sentences", options=list(BY_KIND), default="object", advanced=True, tooltip=(
             "The kind of sentences the word is learned in: 'object' for things and beings, 'style' for a look, 'object "
             "in places' also names places that the photos do not show, which only suits training with masks."
         )),
@@ -101,7 +101,7 @@ def how_to_look(kind: str, mask_floor: float) -> list[io.Input]:
             "Also learn from so many random crops of each photo, three quarters of it or more. For photos "
             "that are all framed alike."
         )),
-        io.Float.Input("mask_floor", default=mask_floor, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
+        io.Float.Input("mask_floor", default=0.1, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
             "How much the photo outside its mask counts. Above 0 the word also learns how the thing meets "
             "its surroundings. Without masks it does nothing."
         )),

@@ -11,7 +11,7 @@ from ..host.loading import load
 from ..host.lora_names import lora_names
 from ..host.sockets import ModelPatcher
 from ..textual_inversion.concept import Concept
-from ..textual_inversion.file import with_metadata
+from ..textual_inversion.file import bundled, with_metadata
 
 KEPT = ("modelspec.base_model", "modelspec.title", "ssmd_cover_images", "concepts.training")
 
@@ -43,11 +43,7 @@ def to_lora(model: ModelPatcher, concept: Concept, dual: Tensor, strength: float
             tensors[f"{key}.lora_up.weight"] = up
             tensors[f"{key}.lora_down.weight"] = (down / balance)[None].half().contiguous()
             tensors[f"{key}.alpha"] = torch.tensor(1.0)
-    title = word.placeholder.strip("<>")
-    for encoder, vectors in word.vectors.items():
-        part = "string_to_param.*" if word.vectors.keys() == {"clip_l"} else encoder
-        tensors[f"bundle_emb.{title}.{part}"] = vectors.detach().cpu().float().contiguous()
-    return tensors
+    return tensors | bundled(word)
 
 
 def to_bytes(tensors: dict[str, Tensor], concept: Concept) -> bytes:

@@ -76,12 +76,17 @@ def bundle(concept: Concept, lora: Path, folder: Path, name: str, overwrite: boo
         title = word.placeholder.strip("<>")
         if any(key.startswith(f"bundle_emb.{title}.") for key in tensors):
             raise ValueError(f"{lora.name} already holds a word called {title!r}; give one of the two another name.")
-        for encoder, vectors in word.vectors.items():
-            key = "string_to_param.*" if word.vectors.keys() == {"clip_l"} else encoder
-            tensors[f"bundle_emb.{title}.{key}"] = vectors.detach().cpu().float().contiguous()
+        tensors |= bundled(word)
     data = with_metadata(safetensors.torch.save(tensors), metadata)
     del tensors  # mapped from the LoRA, which Windows would not let be replaced by its copy
     return write_named(data, folder, name, ".safetensors", overwrite)
+
+
+def bundled(word: Word) -> dict[str, Tensor]:
+    """A word as A1111 bundles it in a LoRA file: its vectors (v d) by key."""
+    title, keys = word.placeholder.strip("<>"), {"clip_l": "string_to_param.*"} if len(word.vectors) == 1 else {}
+    return {f"bundle_emb.{title}.{keys.get(encoder, encoder)}": vectors.detach().cpu().float().contiguous()
+            for encoder, vectors in word.vectors.items()}
 
 
 def load(path: Path, placeholder: str = "") -> Concept:

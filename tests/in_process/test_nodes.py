@@ -94,16 +94,6 @@ def test_help_page_names_every_widget_and_output(node_id):
         assert picture.startswith("http") or (ROOT / "web" / "docs" / picture).exists()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "locales").glob("*/nodeDefs.json")), ids=lambda path: path.parent.name)
-def test_translations_fit_the_nodes(path):
-    translated = json.loads(path.read_text(encoding="utf-8"))
-    assert translated.keys() == NODES.keys()
-    for node_id, texts in translated.items():
-        described = NODES[node_id].GET_SCHEMA()
-        assert texts["inputs"].keys() == {i.id for i in flat(described.inputs)}
-        assert texts["outputs"].keys() == {str(number) for number in range(len(described.outputs))}
-
-
 def test_train_save_load_apply(training, clip, model, folders):
     concept, losses, sheet = run("ConceptsTrainTextualInversion", **training).result
     assert len(losses["loss"]) == 2 and sheet.shape[::3] == (1, 3) and 0 <= sheet.min() <= sheet.max() <= 1
