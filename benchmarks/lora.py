@@ -25,7 +25,7 @@ from .sampling import draw, encode, load_checkpoint
 from .textual_inversion import HERE, PHOTOS_SEED, REAL_SEED, SCENES, judge
 
 RARE = "sks"
-CHOSEN = {"steps": 200, "learning_rate": 5e-4, "rank": 8, "batch_size": 4}
+CHOSEN = {"steps": 200, "learning_rate": 2e-3, "rank": 8, "batch_size": 1}
 
 
 def learn(base, name: str, seed: int, photos: int = 4, **changes) -> dict[str, Tensor]:
