@@ -94,8 +94,9 @@ def covariances_folder() -> Path:
 
 
 def input_subfolders() -> list[str]:
-    """The folders in the input folder, as the host lists them."""
-    return folder_paths.get_input_subfolders()
+    """The folders in the input folder, as the host lists them, empty ones (its own input/3d) last."""
+    root = Path(folder_paths.get_input_directory())
+    return sorted(folder_paths.get_input_subfolders(), key=lambda name: not any((root / name).iterdir()))
 
 
 def input_subfolder(name: str) -> Path:

@@ -1,5 +1,8 @@
 """The host's progress bar, live picture, Cancel button and text under a node."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html import escape
 
 from comfy.model_management import InterruptProcessingException, throw_exception_if_processing_interrupted
@@ -7,10 +10,24 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import ui
 from comfy_execution.utils import get_executing_context
 
-__all__ = ["Cancelled", "ProgressBar", "shown", "stop_if_cancelled"]
+__all__ = ["Cancelled", "ProgressBar", "shown", "stop_if_cancelled", "warned"]
 
 Cancelled = InterruptProcessingException  # a BaseException: `except Exception` does not see it
 stop_if_cancelled = throw_exception_if_processing_interrupted
+
+
+@contextmanager
+def warned() -> Iterator[list[str]]:
+    """The sentences that this pack's log warns with while it lasts, for whoever does not read the log."""
+    sentences: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: sentences.append(record.getMessage())
+    log = logging.getLogger("concepts")
+    log.addHandler(handler)
+    try:
+        yield sentences
+    finally:
+        log.removeHandler(handler)
 
 
 def shown(text: str) -> ui.PreviewText:

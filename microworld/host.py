@@ -70,6 +70,7 @@ class Microworld(comfy.supported_models.SD15):
         "use_temporal_attention": False,
     }
     unet_extra_config = {"num_heads": 4, "num_head_channels": -1}
+    native_side = 128  # for `host.bases.native_side`
     latent_format = LatentFormat
 
     def model_type(self, state_dict, prefix=""):

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io, ui
 
+from ..e4t.difference import Difference
 from ..host.progress import shown
 from ..perfusion.apply import BIAS
 from ..perfusion.concept import Edit
@@ -10,6 +11,8 @@ from ..textual_inversion.concept import Concept as ConceptValue
 from ..textual_inversion.inspection import report
 from ..training.preview import to_tensor
 from .sockets import Concept, require_clip
+
+KINDS = {type(None): "learned word", Edit: "Perfusion concept", Difference: "tuned model (E4T)"}
 
 
 class ConceptsInspect(io.ComfyNode):
@@ -50,7 +53,7 @@ class ConceptsInspect(io.ComfyNode):
     @classmethod
     def execute(cls, concept: ConceptValue, clip, prompt: str = "{}", bias: float = BIAS) -> io.NodeOutput:
         require_clip(clip)
-        page = report(clip, concept)
+        page = f"{KINDS[type(concept.edit)]}\n{report(clip, concept)}"
         if not isinstance(concept.edit, Edit):
             told = to_tensor(gate_bars([], "Only Perfusion concepts have gates."))
             return io.NodeOutput(page, told, ui=shown(page))

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..host.bases import base_name, check_pair
 from ..host.copies import memory_is_short
 from ..host.pictures import is_empty
+from ..host.progress import shown, warned
 from ..host.text import is_ordinary_word, ready, rows
 from ..textual_inversion.templates import BY_KIND, sentences
 from ..textual_inversion.train import Keeping, Lesson, Preview, Recipe
@@ -133,7 +134,7 @@ def how_to_run() -> list[io.Input]:
             "A sample picture is drawn every so many steps. 0 draws only the first and the last."
         )),
         io.String.Input("preview_prompt", default="a photo of a {}", advanced=True, tooltip=(
-            "What the sample pictures show; {} is where the word goes."
+            "What the sample pictures show; {} is where the word goes, otherwise it goes in front."
         )),
         io.Float.Input("preview_cfg", default=7.0, min=1.0, max=30.0, step=0.1, advanced=True, tooltip=(
             "How closely the sample pictures follow their prompt, as in KSampler. Does not affect what is "
@@ -255,10 +256,12 @@ def run(inputs: dict, learn: Learn) -> io.NodeOutput:
     view = Preview(one["preview_every"], one["preview_prompt"], one["preview_cfg"], one["preview_steps"])
     keeping = Keeping(one["save_every"], one["keep_states"], one["resume"])
     recompute = one["save_memory"] == "on" or one["save_memory"] == "auto" and memory_is_short(one["model"])
-    recipe, lesson = learn(one, photos, view, keeping, recompute)
+    with warned() as sentences:
+        recipe, lesson = learn(one, photos, view, keeping, recompute)
     if len(lesson.losses) < recipe.steps:
         _stopped.append(_widgets(inputs))
-    return io.NodeOutput(lesson.concept, {"loss": lesson.losses}, to_tensor(lesson.sheet))
+    return io.NodeOutput(lesson.concept, {"loss": lesson.losses}, to_tensor(lesson.sheet),
+                         ui=shown("\n".join(sentences)) if sentences else None)
 
 
 def stops(inputs: dict) -> str:

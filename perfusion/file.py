@@ -216,7 +216,8 @@ def _check_writable(placeholder: str, edit: Edit) -> None:
 
 def _check_header(name: str, metadata: Mapping[str, str]) -> None:
     if metadata.get("concepts.method") != "perfusion":
-        raise ValueError(f"{name} is not a Perfusion concept: its header names no such method.")
+        raise ValueError(f"{name} is not a Perfusion concept: its header names no such method. Learned words belong in "
+                         "models/embeddings, LoRAs in models/loras.")
     require_format(name, metadata, FORMAT, "concept")
 
 

@@ -45,5 +45,6 @@ def gate_bars(found: list[tuple[str, float, float]], title: str) -> Image.Image:
         draw.rectangle((left, y + 3, left + BAR_WIDTH, y + ROW - 4), PANEL)
         end = left + max(1, round(BAR_WIDTH * amount))
         draw.rectangle((left, y + 3, end, y + ROW - 4), LINE if amount > 0.5 else RAW)
-        draw.text((left + BAR_WIDTH + 10, y + ROW / 2), f"{amount:.0%}  s {s:.2f}", FAINT, font, anchor="lm")
+        figures = f"{abs(amount):.0%}  s {round(s, 2) + 0.0:.2f}"  # never -0
+        draw.text((left + BAR_WIDTH + 10, y + ROW / 2), figures, FAINT, font, anchor="lm")
     return image

@@ -178,7 +178,8 @@ class Watcher:
 
     @property
     def prompt(self) -> str:
-        return fill(self.view.prompt, self.method.recipe.placeholder)
+        recipe = self.method.recipe
+        return fill(sentence_of(self.view.prompt, recipe.placeholder, recipe.init_text), recipe.placeholder)
 
     def sample(self, label: str) -> None:
         picture = sample_picture(self.method.sampled(), self.method.clip, self.vae, self.prompt, self.shape,
@@ -226,7 +227,8 @@ def learn_word(
                 watcher.sample(f"stopped at step {len(losses)}")
             finally:  # also when Cancel is pressed a second time
                 kept = _keep(method, _concept(method, base, watcher, losses, shown), len(losses))
-                log.info("Training stopped after %d of %d steps; the word is %s", len(losses), recipe.steps, kept)
+                log.warning("Training stopped after %d of %d steps; the word is %s. Queue it again to go on.",
+                            len(losses), recipe.steps, kept)
         concept = _concept(method, base, watcher, losses, shown)
     return Lesson(concept, losses, _sheet(shown, watcher, losses))
 

@@ -80,6 +80,12 @@ def test_names_that_prompts_could_not_use(name):
         checked_name(name)
 
 
+def test_names_longer_than_disks_take():
+    assert checked_name("a" * 100) == "a" * 100
+    with pytest.raises(ValueError, match="The name has 101 characters; at most 100"):
+        checked_name("a" * 101)
+
+
 @pytest.mark.parametrize("name", ["CON", "aux", "sub/nul", "Lpt9/cat", "com1.txt", "con.safetensors", "cat.", "cats./a",
                                   "nul.a.pt", "..."])
 def test_names_that_windows_could_not_open(name):

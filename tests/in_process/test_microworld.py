@@ -8,6 +8,7 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
+from concepts_pack.host.bases import native_side
 from concepts_pack.microworld import host, text
 from concepts_pack.microworld.captions import PLACES, caption
 from concepts_pack.microworld.concepts import CONCEPTS, CURATED, NAMES, concept_photos, super_category
@@ -114,7 +115,7 @@ def checkpoint():
 def test_checkpoint_is_small_and_recognised(checkpoint):
     model, clip, vae = checkpoint
     assert host.CHECKPOINT.stat().st_size <= 30e6
-    assert isinstance(model.model.model_config, host.Microworld)
+    assert isinstance(model.model.model_config, host.Microworld) and native_side(model) == 128
     assert vae.encode(torch.rand(1, 128, 128, 3)).shape == (1, 4, 16, 16)
 
 

@@ -4,6 +4,7 @@ import comfy.cli_args
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.utils
+import concepts_pack.textual_inversion.train
 import folder_paths
 import pytest
 import torch
@@ -180,6 +181,18 @@ def test_a_batch_in_pieces_is_the_same_step(velocity_model, clip, accumulation):
     for (losses, _), way in zip(ends[1:], moved[1:], strict=True):
         torch.testing.assert_close(losses, ends[0][0], rtol=1e-4, atol=0)
         torch.testing.assert_close(way, moved[0], rtol=1e-2, atol=1e-3 * moved[0].abs().max().item())
+
+
+@pytest.mark.parametrize(("written", "drawn"), [
+    ("a {} at sea", "a <mine> at sea"), ("a cat at sea", "a <mine> at sea"), ("the sea", "<mine>, the sea"),
+])
+def test_samples_show_the_word_wherever_their_prompt_has_it(model, clip, vae, photos, monkeypatch, written, drawn):
+    heard = []
+    sample = concepts_pack.textual_inversion.train.sample_picture
+    monkeypatch.setattr(concepts_pack.textual_inversion.train, "sample_picture",
+                        lambda *given: heard.append(given[3]) or sample(*given))
+    learn_word(model, clip, vae, gather([photos]), recipe(steps=1), Preview(every=0, steps=1, prompt=written))
+    assert set(heard) == {drawn}
 
 
 @pytest.mark.parametrize("sentence", ["a {}-themed room", "{}s on a table"])
