@@ -52,4 +52,4 @@ def changed_weight(weight: Tensor, offset: Offset | None, added: LowRank | None)
     """W' (out in) for one matrix, in the precision of the factors."""
     if offset is not None:
         weight = offset_weight(weight, offset)
-    return weight if added is None else weight + added.up @ added.down
+    return weight if added is None else weight.to(added.up.dtype) + added.up @ added.down

@@ -13,7 +13,9 @@ from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from comfy.sd import CLIP
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -106,6 +108,7 @@ def _private(patcher: ModelPatcher, socket: str, recompute: bool = False) -> tup
         unload(patcher.model)
         fresh = ModelPatcher(_twin(patcher.model), patcher.load_device, patcher.offload_device)
     private = patcher.clone(disable_dynamic=True, model_override=fresh.get_clone_model_override())
+    private.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)  # it would sample with the original's UNet
     _prepare(private, recompute)
     return private, fresh
 

@@ -18,7 +18,7 @@ from ..host.copies import card_is_small, fingerprint, private_copies, settle
 from ..host.folders import states_folder, unfinished_folder
 from ..host.objective import denoising_error, timestep_count
 from ..host.pictures import sample_picture, vae_encode
-from ..host.progress import ProgressBar
+from ..host.progress import Cancelled, ProgressBar
 from ..host.sockets import CLIP, VAE, ModelPatcher
 from ..host.text import encode_all, fingerprint_of, rows, word_places
 from ..training import preview
@@ -182,9 +182,11 @@ class Watcher:
         return fill(sentence_of(self.view.prompt, recipe.placeholder, recipe.init_text), recipe.placeholder)
 
     def sample(self, label: str) -> None:
-        picture = sample_picture(self.method.sampled(), self.method.clip, self.vae, self.prompt, self.shape,
-                                 self.view.cfg, self.view.steps, self.method.recipe.seed)
-        settle(self.method.unet, self.method.clip.patcher)
+        try:
+            picture = sample_picture(self.method.sampled(), self.method.clip, self.vae, self.prompt, self.shape,
+                                     self.view.cfg, self.view.steps, self.method.recipe.seed)
+        finally:  # also when it is cancelled: what is learned is read out of the copies as they were
+            settle(self.method.unet, self.method.clip.patcher)
         self.samples.append((label, preview.to_pil(picture)))
 
 
@@ -254,14 +256,18 @@ def _states(keeping: Keeping, method: WordMethod, lessons: Lessons, models: str)
 
 def _concept(method: WordMethod, base: str, watcher: Watcher, losses: list[float],
              photos: Sequence[Photo]) -> Concept:
-    return method.concept({
+    metadata = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{base}/{method.architecture}",
         "modelspec.base_model": base,
         "modelspec.title": method.recipe.placeholder.strip("<>"),
         "ssmd_cover_images": json.dumps([preview.cover(watcher.samples[-1][1])]),
         "concepts.training": record(method.recipe, len(photos), photos[0].picture.shape[0], len(losses)),
-    })
+    }
+    try:
+        return method.concept(metadata)
+    except Cancelled:  # the host's layers hear it; what is learned is not lost for it
+        return method.concept(metadata)
 
 
 def record(recipe: Recipe, photos: int, side: int, steps_done: int) -> str:

@@ -96,9 +96,8 @@ def train(
             raise
         if states and states.every and len(losses) < plan.steps:
             states.save(losses, optimiser)
-    else:
-        if states:
-            states.clear()
+    if states and len(losses) >= plan.steps:
+        states.clear()
     return losses
 
 

@@ -6,9 +6,11 @@ from functools import partial
 
 import comfy.model_management
 import comfy.utils
+import concepts_pack.textual_inversion.train
 import folder_paths
 import pytest
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from concepts_pack.e4t import difference_file
 from concepts_pack.e4t.domain import Domain
 from concepts_pack.e4t.encoder import Encoder
@@ -31,6 +33,7 @@ from concepts_pack.training.draws import draw
 from . import ranks
 from .conftest import WIDTH
 from .test_memory import grown
+from .test_stored_weights import FP8, stored_as
 
 METRIC = torch.eye(WIDTH)
 QUIET = Preview(every=0, steps=1)
@@ -227,10 +230,48 @@ def test_damaged_files_are_one_sentence(domain, photos, model, clip, vae, said):
         difference_file.from_bytes(data, "bad.safetensors")
 
 
+def learner(domain, clip, photos, whole, steps=1):
+    """How the one or the other result is learned, and the recipe."""
+    if whole:
+        return partial(TunedWhole, domain, photos), whole_recipe(domain, "<mine>", steps, 0)
+    return partial(TunedEdit, domain, photos, METRIC, "toy"), tuning_recipe(domain, clip, "<mine>", steps, 0)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_five_trainings_hold_what_two_held(model, clip, vae, photos, domain, whole):
-    given = photos
-    method, learned = partial(TunedEdit, domain, given, METRIC, "toy"), tuning_recipe(domain, clip, "<mine>", 1, 0)
-    if whole:
-        method, learned = partial(TunedWhole, domain, given), whole_recipe(domain, "<mine>", 1, 0)
-    assert max(grown(lambda: learn_word(model, clip, vae, given, learned, QUIET, method_of=method), 2, 5)) <= 0
+    method, recipe = learner(domain, clip, photos, whole)
+    assert max(grown(lambda: learn_word(model, clip, vae, photos, recipe, QUIET, method_of=method), 2, 5)) <= 0
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_cancel_while_the_outcome_is_read_loses_nothing(model, clip, vae, photos, domain, whole, monkeypatch):
+    """The host's layers hear it, and the steps are all done."""
+
+    def train(*given):
+        losses = own(*given)
+        comfy.model_management.interrupt_current_processing(True)
+        return losses
+
+    own = concepts_pack.textual_inversion.train.train
+    monkeypatch.setattr(concepts_pack.textual_inversion.train, "train", train)
+    method, recipe = learner(domain, clip, photos, whole, steps=2)
+    lesson = learn_word(model, clip, vae, photos, recipe, QUIET, method_of=method)
+    assert len(lesson.losses) == 2 and lesson.concept.edit is not None
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_eight_bits_with_memory_saved(model, clip, vae, photos, domain, whole):
+    method, recipe = learner(domain, clip, photos, whole)
+    with torch.inference_mode():
+        stored = stored_as(FP8, model)
+        lesson = learn_word(stored, clip, vae, photos, recipe, QUIET, recompute=True, method_of=method)
+    assert torch.tensor(lesson.losses).isfinite().all()
+
+
+def test_samples_behind_a_compiled_model_show_what_is_learned(model, clip, vae, photos, domain):
+    """The host's wrapper would put the compiled UNet in place of the one that is trained."""
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, backend="eager")
+    method, recipe = learner(domain, clip, photos, whole=True)
+    sheets = [learn_word(each, clip, vae, photos, recipe, QUIET, method_of=method).sheet for each in (model, compiled)]
+    assert sheets[0].tobytes() == sheets[1].tobytes()

@@ -11,8 +11,9 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from concepts_pack.host.progress import Cancelled
 from concepts_pack.textual_inversion.file import to_bytes
-from concepts_pack.textual_inversion.train import Keeping, Preview, Recipe, learn_word
+from concepts_pack.textual_inversion.train import Keeping, Preview, Recipe, Watcher, learn_word
 from concepts_pack.training.dataset import gather
 from concepts_pack.training.optimisers import OPTIMISERS
 from concepts_pack.training.states import States
@@ -113,6 +114,20 @@ def test_a_state_of_another_shape_is_passed_over(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which files are mapped")
+def test_cancelled_in_its_last_sample_a_training_leaves_no_states(model, clip, vae, photos, states, monkeypatch):
+    """It is done all the same."""
+
+    def cancelled(watcher, label):
+        if label == "step 4":
+            raise Cancelled
+        sample(watcher, label)
+
+    sample = Watcher.sample
+    monkeypatch.setattr(Watcher, "sample", cancelled)
+    lesson = learn_word(model, clip, vae, gather([photos]), recipe(steps=4), QUIET, Keeping(every=1))
+    assert len(lesson.losses) == 4 and not list(states.glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_nothing_holds_on_to_a_state_that_was_resumed_from(tmp_path, optimiser):
     """Windows refuses to delete a file while a tensor is mapped from it."""
