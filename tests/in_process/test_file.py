@@ -80,6 +80,13 @@ def test_names_that_prompts_could_not_use(name):
         checked_name(name)
 
 
+def test_a_perfusion_concept_among_words_is_told_where_it_belongs(tmp_path):
+    tensors = {"inputs": torch.ones(2, 32), "values": torch.ones(64)}
+    save_file(tensors, tmp_path / "x.safetensors", {"concepts.method": "perfusion"})
+    with pytest.raises(ValueError, match=r"x\.safetensors is more than a learned word; put it into models/concepts"):
+        load(tmp_path / "x.safetensors")
+
+
 def test_names_longer_than_disks_take():
     assert checked_name("a" * 100) == "a" * 100
     with pytest.raises(ValueError, match="The name has 101 characters; at most 100"):
