@@ -40,7 +40,8 @@ from .source import code
 from .textual_inversion import HERE, SCENES, judge
 from .timing import keep
 
-TUNED, WHOLE, BLIND, INVERTED, EDITED = (0, 1, 5, 15), (5, 15), (5, 15), (5, 25, 100), (150, 400)
+TUNED, WHOLE, BLIND, INVERTED = (0, 1, 5, 15), (5, 15), (5, 15), (5, 25, 100)
+EDITED = {train_perfusion.PRESETS[name]["steps"]: name for name in ("quick", "balanced")}
 RIVAL = "Textual Inversion"
 QUIET = Preview(every=0, steps=1)
 
@@ -75,7 +76,7 @@ def learners(base, kind: str, file: Path, seed: int) -> dict[str, tuple[Callable
         return learn_word(*base, given, Recipe("<mine>", kind, seed=seed, **pace), QUIET).concept
 
     def edited(steps: int, given) -> Concept:
-        pace = train_perfusion.pace_of("quick", base[1], kind) | {"steps": steps}
+        pace = train_perfusion.pace_of(EDITED[steps], base[1], kind)
         recipe = EditRecipe("<mine>", kind, seed=seed, momentum=0.9, **pace)
         return learn_word(*base, given, recipe, QUIET, method_of=partial(EditMethod, metric, encoder)).concept
 
@@ -128,7 +129,7 @@ def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float,
 def settings(label: str, file: Path, cfg: float, bias: float) -> str:
     """A name for all that a row hangs on besides instance and seed."""
     uses = b"" if "without" in label or not label.startswith("E4T") else file.read_bytes()
-    paces = [train_textual_inversion.PRESETS["quick"], train_perfusion.PRESETS["quick"],
+    paces = [train_textual_inversion.PRESETS["quick"], train_perfusion.PRESETS,
              tune.LEVELS, tune.SHARE, tune.WORD_RATE, tune.VALUE_RATE]
     return hashlib.sha256(f"{label} {paces} {cfg} {bias} {SCENES} {code()}".encode() + uses).hexdigest()[:12]
 
