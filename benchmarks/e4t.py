@@ -40,8 +40,7 @@ from .source import code
 from .textual_inversion import HERE, SCENES, judge
 from .timing import keep
 
-TUNED, WHOLE, BLIND, INVERTED = (0, 1, 5, 15), (5, 15), (5, 15), (5, 25, 100)
-EDITED = {train_perfusion.PRESETS[name]["steps"]: name for name in ("quick", "balanced")}
+TUNED, WHOLE, BLIND, INVERTED, EDITED = (0, 1, 5, 15), (5, 15), (5, 15), (5, 25, 100), (150, 400)
 RIVAL = "Textual Inversion"
 QUIET = Preview(every=0, steps=1)
 
@@ -76,7 +75,7 @@ def learners(base, kind: str, file: Path, seed: int) -> dict[str, tuple[Callable
         return learn_word(*base, given, Recipe("<mine>", kind, seed=seed, **pace), QUIET).concept
 
     def edited(steps: int, given) -> Concept:
-        pace = train_perfusion.pace_of(EDITED[steps], base[1], kind)
+        pace = train_perfusion.pace_of("quick", base[1], kind) | {"steps": steps}
         recipe = EditRecipe("<mine>", kind, seed=seed, momentum=0.9, **pace)
         return learn_word(*base, given, recipe, QUIET, method_of=partial(EditMethod, metric, encoder)).concept
 
@@ -90,7 +89,7 @@ def learners(base, kind: str, file: Path, seed: int) -> dict[str, tuple[Callable
              (RIVAL, inverted, INVERTED, {}),
              (f"{RIVAL} at 1.5", inverted, INVERTED, {"strength": 1.5}),
              ("Perfusion", edited, EDITED, {}),
-             ("Perfusion at bias 0.9", edited, EDITED, {"bias": 0.9}))
+             ("Perfusion at bias 0.9", edited, (150,), {"bias": 0.9}))
     return {f"{label}, {steps} steps": (learn, steps, use) for label, learn, each, use in kinds for steps in each}
 
 
@@ -129,7 +128,7 @@ def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float,
 def settings(label: str, file: Path, cfg: float, bias: float) -> str:
     """A name for all that a row hangs on besides instance and seed."""
     uses = b"" if "without" in label or not label.startswith("E4T") else file.read_bytes()
-    paces = [train_textual_inversion.PRESETS["quick"], train_perfusion.PRESETS,
+    paces = [train_textual_inversion.PRESETS["quick"], train_perfusion.PRESETS["quick"],
              tune.LEVELS, tune.SHARE, tune.WORD_RATE, tune.VALUE_RATE]
     return hashlib.sha256(f"{label} {paces} {cfg} {bias} {SCENES} {code()}".encode() + uses).hexdigest()[:12]
 
