@@ -33,7 +33,7 @@ def base_name(model: ModelPatcher) -> str:
 def native_side(model: ModelPatcher) -> int:
     """The side in pixels of the squares that a checkpoint of these families was trained on."""
     config = model.model.model_config
-    if own := getattr(config, "native_side", 0):  # the sample model's
+    if own := getattr(type(config), "native_side", 0):  # the sample model's
         return own
     if isinstance(config, SDXL):
         return 1024

@@ -166,7 +166,7 @@ def _watch(executor, *args, **kwargs):
         if edit.placeholder not in most:
             log.warning("No step of this sampling lies between the start (%.2f) and end (%.2f) of %s, so only its word "
                         "acted, without its edit; set them wider.", edit.start, edit.end, edit.placeholder)
-        elif most[edit.placeholder] < edit.presence and edit.strength >= 1:  # below, the word nears its class word
+        elif most[edit.placeholder] < edit.presence:
             log.warning("No prompt of this picture has enough of %s in it (at most %.2f, and it takes %.2f), so the "
                         "concept did nothing; write it, or raise its weight.", edit.placeholder,
                         most[edit.placeholder], edit.presence)

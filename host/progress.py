@@ -18,9 +18,10 @@ stop_if_cancelled = throw_exception_if_processing_interrupted
 
 @contextmanager
 def warned() -> Iterator[list[str]]:
-    """The sentences that this pack's log warns with while it lasts, for whoever does not read the log."""
+    """The sentences that this pack's log warns with while it lasts, each once, for whoever does not read the log."""
     sentences: list[str] = []
     handler = logging.Handler(logging.WARNING)
+    handler.addFilter(lambda record: record.getMessage() not in sentences)
     handler.emit = lambda record: sentences.append(record.getMessage())
     log = logging.getLogger("concepts")
     log.addHandler(handler)

@@ -29,8 +29,9 @@ class ConceptsApply(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoder that is to understand the word."),
                 Concept.Input("concept", tooltip="What was learned, from a training or from Load Concept."),
                 io.Float.Input("strength", default=1.0, min=-2.0, max=3.0, step=0.05, tooltip=(
-                    "1 is the concept as learned. Towards 0 it nears the plain class word, above 1 it goes further. At "
-                    "exactly 0 the node does nothing and the placeholder is just text."
+                    "1 is the concept as learned. Towards 0 it nears the plain class word (a Perfusion concept only "
+                    "in part, for which the bias is the slider), above 1 it goes further. At exactly 0 the node does "
+                    "nothing and the placeholder is just text."
                 )),
                 *edit_settings(),
             ],
@@ -109,7 +110,8 @@ class ConceptsHook(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoder that is to understand the word."),
                 Concept.Input("concept", tooltip="What was learned, from a training or from Load Concept."),
                 io.Float.Input("strength", default=1.0, min=-2.0, max=3.0, step=0.05, tooltip=(
-                    "1 is the concept as learned, towards 0 it nears the plain class word."
+                    "1 is the concept as learned. Towards 0 it nears the plain class word in part; the bias goes all "
+                    "the way."
                 )),
                 *edit_settings(),
             ],

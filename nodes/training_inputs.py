@@ -134,7 +134,8 @@ def how_to_run() -> list[io.Input]:
             "A sample picture is drawn every so many steps. 0 draws only the first and the last."
         )),
         io.String.Input("preview_prompt", default="a photo of a {}", advanced=True, tooltip=(
-            "What the sample pictures show; {} is where the word goes, otherwise it goes in front."
+            "What the sample pictures show, {} where the word goes. Without it the word goes where the init text "
+            "stands, or in front."
         )),
         io.Float.Input("preview_cfg", default=7.0, min=1.0, max=30.0, step=0.1, advanced=True, tooltip=(
             "How closely the sample pictures follow their prompt, as in KSampler. Does not affect what is "

@@ -58,7 +58,7 @@ def names(concepts: Iterable[Concept]) -> str:
 def _ready(
     model: ModelPatcher, clip: CLIP, concept: Concept, strength: float, settings: dict
 ) -> tuple[CLIP, Applied]:
-    taught = apply_words(clip, concept, min(strength, 1.0))  # beyond what was learned only the values go
+    taught = apply_words(clip, concept, 1.0)
     check_fits(concept, sizes(model))
     check_encoder(concept, sum(widths(clip).values()))
     (word,) = concept.words

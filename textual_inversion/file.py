@@ -25,7 +25,7 @@ DEFAULT_LAYOUT = next(iter(LAYOUTS))
 ENDINGS = (".safetensors", ".pt", ".bin")  # in the order in which the host looks for embedding:name
 SINGLE = "emb_params"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LONGEST_NAME = 100  # a third of what disks take, in whatever script
+LONGEST_NAME = 200  # bytes, of the 255 that disks take
 LONGEST = 75  # vectors that fit one section of a prompt
 NAME = re.compile(r"[^\s\x00-\x1f,:<>\[\]()\"|?*\\/]+(/[^\s\x00-\x1f,:<>\[\]()\"|?*\\/]+)*")
 NOT_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
@@ -136,9 +136,9 @@ def checked_name(name: str) -> str:
     if not NAME.fullmatch(name) or any(part.startswith(".") for part in name.split("/")):
         raise ValueError(f"{name!r} cannot name a file: give 'name' letters, digits, - and _, and / for a "
                          "subfolder.")
-    if len(name) > LONGEST_NAME:
-        raise ValueError(f"The name has {len(name)} characters; at most {LONGEST_NAME} can be used.")
     for part in name.split("/"):
+        if len(part.encode()) > LONGEST_NAME:
+            raise ValueError(f"The name has {len(part)} characters; give it fewer, at most {LONGEST_NAME} of a to z.")
         if NOT_ON_WINDOWS.fullmatch(part):
             raise ValueError(f"Windows cannot open anything called {part!r}, and files are shared; choose another "
                              "name.")

@@ -179,7 +179,9 @@ class Watcher:
     @property
     def prompt(self) -> str:
         recipe = self.method.recipe
-        return fill(sentence_of(self.view.prompt, recipe.placeholder, recipe.init_text), recipe.placeholder)
+        prompt = self.view.prompt
+        sentence = prompt if "{}" in prompt else sentence_of(prompt, recipe.placeholder, recipe.init_text)
+        return fill(sentence, recipe.placeholder)
 
     def sample(self, label: str) -> None:
         try:
@@ -229,8 +231,7 @@ def learn_word(
                 watcher.sample(f"stopped at step {len(losses)}")
             finally:  # also when Cancel is pressed a second time
                 kept = _keep(method, _concept(method, base, watcher, losses, shown), len(losses))
-                log.warning("Training stopped after %d of %d steps; the word is %s. Queue it again to go on.",
-                            len(losses), recipe.steps, kept)
+                log.warning("Training stopped after %d of %d steps; the word is %s.", len(losses), recipe.steps, kept)
         concept = _concept(method, base, watcher, losses, shown)
     return Lesson(concept, losses, _sheet(shown, watcher, losses))
 

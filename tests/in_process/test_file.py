@@ -88,9 +88,10 @@ def test_a_perfusion_concept_among_words_is_told_where_it_belongs(tmp_path):
 
 
 def test_names_longer_than_disks_take():
-    assert checked_name("a" * 100) == "a" * 100
-    with pytest.raises(ValueError, match="The name has 101 characters; at most 100"):
-        checked_name("a" * 101)
+    assert checked_name("a" * 200 + "/" + "猫" * 66)
+    for name, count in (("a" * 201, 201), ("cats/" + "猫" * 67, 67)):
+        with pytest.raises(ValueError, match=f"The name has {count} characters; give it fewer"):
+            checked_name(name)
 
 
 @pytest.mark.parametrize("name", ["CON", "aux", "sub/nul", "Lpt9/cat", "com1.txt", "con.safetensors", "cat.", "cats./a",

@@ -8,14 +8,12 @@ from functools import partial
 import comfy.sample
 import pytest
 import torch
-from concepts_pack.host.clip_overlay import words_in
 from concepts_pack.host.cross_attention import cross_attentions, overridden, sizes, with_edits
 from concepts_pack.perfusion.apply import applied, overrides
 from concepts_pack.perfusion.concept import Edit
 from concepts_pack.perfusion.covariance import encoder_fingerprint
 from concepts_pack.perfusion.inspection import gates
 from concepts_pack.perfusion.use import apply_concept, concept_hook
-from concepts_pack.textual_inversion.apply import apply_words
 from concepts_pack.textual_inversion.concept import Concept, Word
 
 from .conftest import DEVICE, WIDTH, make_model
@@ -288,16 +286,6 @@ def test_a_metric_of_its_own_spares_measuring_the_encoder(model, clip, edit, mon
     for use in (apply_concept, concept_hook):
         use(model, clip, own, 1.0)
     assert gates(clip, own, "a <mine>")
-
-
-@pytest.mark.parametrize(("strength", "share"), [(0.05, 0.05), (0.5, 0.5), (1.0, 1.0), (2.0, 1.0)])
-def test_below_1_the_word_nears_its_class_word_too(model, clip, edit, strength, share):
-    word = Word("<mine>", "cat", {"clip_l": torch.ones(1, WIDTH)})
-    concept = Concept((word,), replace(edit, dual=edit.target_input), BASE)
-    for use in (apply_concept, concept_hook):
-        (known,) = words_in(use(model, clip, concept, strength)[1], "a <mine>")
-        (expected,) = words_in(apply_words(clip, Concept((word,)), share), "a <mine>")
-        assert torch.equal(known.vectors["clip_l"], expected.vectors["clip_l"])
 
 
 def test_order_of_concepts_does_not_matter(model, edit, precision, prompts):

@@ -113,7 +113,6 @@ def test_a_state_of_another_shape_is_passed_over(tmp_path):
     assert states.restore(torch.optim.AdamW([weight])) == [] and weight.tolist() == [1, 1]
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which files are mapped")
 def test_cancelled_in_its_last_sample_a_training_leaves_no_states(model, clip, vae, photos, states, monkeypatch):
     """It is done all the same."""
 
@@ -128,6 +127,7 @@ def test_cancelled_in_its_last_sample_a_training_leaves_no_states(model, clip, v
     assert len(lesson.losses) == 4 and not list(states.glob("*.safetensors"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which files are mapped")
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_nothing_holds_on_to_a_state_that_was_resumed_from(tmp_path, optimiser):
     """Windows refuses to delete a file while a tensor is mapped from it."""

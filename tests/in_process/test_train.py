@@ -185,6 +185,7 @@ def test_a_batch_in_pieces_is_the_same_step(velocity_model, clip, accumulation):
 
 @pytest.mark.parametrize(("written", "drawn"), [
     ("a {} at sea", "a <mine> at sea"), ("a cat at sea", "a <mine> at sea"), ("the sea", "<mine>, the sea"),
+    ("two {}s", "two <mine>s"),
 ])
 def test_samples_show_the_word_wherever_their_prompt_has_it(model, clip, vae, photos, monkeypatch, written, drawn):
     heard = []
