@@ -8,7 +8,7 @@ from .objective import denoising_error
 
 
 class _Enough(Exception):
-    """Thrown once the middle block has run."""
+    """Thrown once the last of these blocks has run."""
 
 
 @torch.no_grad()
@@ -20,14 +20,15 @@ def unet_features(model: BaseModel, latents: Tensor, noise: Tensor, timesteps: T
     `denoising_error`, `timesteps` (b), `context` (1 n d) and `pooled` (1 p) of "". The upward half does not run.
     """
     unet, means = model.diffusion_model, []
+    blocks = [block for block in (*unet.input_blocks, unet.middle_block) if block is not None]  # KOALA has no middle
 
     def keep(module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
         means.append(output.float().mean((2, 3)))
-        if module is unet.middle_block[-1]:
+        if module is blocks[-1][-1]:
             raise _Enough
 
     # The host calls the layers of a block one by one, never the block.
-    hooks = [block[-1].register_forward_hook(keep) for block in (*unet.input_blocks, unet.middle_block)]
+    hooks = [block[-1].register_forward_hook(keep) for block in blocks]
     try:
         denoising_error(model, latents, noise, timesteps, context, pooled)
     except _Enough:
@@ -35,4 +36,4 @@ def unet_features(model: BaseModel, latents: Tensor, noise: Tensor, timesteps: T
     finally:
         for hook in hooks:
             hook.remove()
-    raise RuntimeError("The UNet ran without its middle block.")
+    raise RuntimeError("The UNet ran without the last of its downward blocks.")

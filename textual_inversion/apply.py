@@ -1,11 +1,14 @@
 """Giving a CLIP the words of a concept."""
 
+import logging
+
 from ..host.clip_overlay import with_words
 from ..host.sockets import CLIP
 from ..host.text import ready, rows, widths
 from .concept import Concept, Word
 from .word import between, spread
 
+log = logging.getLogger("concepts")
 MEND = "load a checkpoint of that base, or a concept learned on this one"
 
 
@@ -35,6 +38,10 @@ def _require_fit(clip: CLIP, word: Word, base: str) -> None:
     if not word.vectors.keys() & present.keys():
         raise ValueError(f"{word.placeholder} was learned on {base} for {', '.join(word.vectors)}; "
                          f"this CLIP has {', '.join(present) or 'no such text encoder'}: {MEND}.")
+    if others := present.keys() - word.vectors.keys():
+        log.warning("%s was learned on %s for %s; this CLIP's %s reads %s in its place, so that it may look less like "
+                    "what was learned.", word.placeholder, base, ", ".join(word.vectors), ", ".join(sorted(others)),
+                    word.class_word or "nothing")
 
 
 def _scaled(clip: CLIP, word: Word, strength: float) -> Word:

@@ -10,7 +10,7 @@ from concepts_pack.host.text import encode, encode_words, rows, widths
 from concepts_pack.host.unet_features import unet_features
 from concepts_pack.textual_inversion.concept import Word
 
-from .conftest import WIDTH
+from .conftest import WIDTH, make_model
 
 
 def batch(size=2):
@@ -42,6 +42,14 @@ def test_the_upward_half_does_not_run_and_nothing_stays_behind(model, clip):
     hook.remove()
     assert not ran
     assert not any(block[-1]._forward_hooks for block in (*unet.input_blocks, unet.middle_block))
+
+
+def test_a_unet_without_a_middle_block(clip):
+    """As KOALA has it, which the host knows as SDXL."""
+    model = make_model(changes={"transformer_depth_middle": -2})
+    unet = model.model.diffusion_model
+    assert unet.middle_block is None
+    assert unet_features(model.model, *batch(), *encode(clip, "")).shape == (2, 32 + 32 + 32 + 64)
 
 
 def test_features_hear_picture_and_timestep(model, clip):

@@ -10,6 +10,8 @@ from concepts_pack.textual_inversion.apply import apply_words
 from concepts_pack.textual_inversion.concept import Concept, Word
 from safetensors.torch import save_file
 
+from .conftest import WIDTH, make_other_clip
+
 
 def word(placeholder, count=1, seed=0, width=32, encoder="clip_l", class_word="cat"):
     vectors = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
@@ -89,6 +91,15 @@ def test_longest_placeholder_wins_and_none_matches_inside_a_word(clip):
     same_tokens(overlaid.tokenize("zwxy zwx"), with_words(clip, [long, short]).tokenize("zwxy zwx"))
     found = [t for t, _ in overlaid.tokenize("a zwxy, zwx's zwxyz my-zwx")["l"][0] if torch.is_tensor(t)]
     assert [torch.equal(t, w.vectors["clip_l"][0]) for t, w in zip(found, (long, short), strict=True)] == [True, True]
+
+
+def test_a_word_that_one_encoder_of_a_pair_lacks_is_told(caplog):
+    clip = make_other_clip("SDXL")
+    for class_word, read in (("cat", "cat"), ("", "nothing")):
+        caplog.clear()
+        apply_words(clip, Concept((Word("<mine>", class_word, {"clip_l": torch.ones(1, WIDTH)}),)), 1.0)
+        (record,) = caplog.records
+        assert f"for clip_l; this CLIP's clip_g reads {read} in its place" in record.getMessage()
 
 
 @pytest.mark.parametrize("placeholder", ["_x", "-y", "__anna__"])
