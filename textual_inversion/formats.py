@@ -90,7 +90,7 @@ def _one(file: str, tensors: Mapping[str, Any], metadata: dict[str, str]) -> dic
     if len(tensors) > 1 and any("lora" in str(key) for key in tensors):
         raise ValueError(f"{file} is a LoRA and holds no learned words; use Load LoRA.")
     if metadata.get("concepts.method"):
-        raise ValueError(f"{file} is more than a learned word; put it into models/concepts and press R.")
+        raise ValueError(f"{file} is not an embedding: it is more than a learned word and belongs in models/concepts.")
     if len(tensors) > 1:
         raise ValueError(f"{file} is not an embedding: it holds {len(tensors)} tensors, "
                          f"one of them {next(iter(tensors))!r}.")

@@ -83,7 +83,7 @@ def test_names_that_prompts_could_not_use(name):
 def test_a_perfusion_concept_among_words_is_told_where_it_belongs(tmp_path):
     tensors = {"inputs": torch.ones(2, 32), "values": torch.ones(64)}
     save_file(tensors, tmp_path / "x.safetensors", {"concepts.method": "perfusion"})
-    with pytest.raises(ValueError, match=r"x\.safetensors is more than a learned word; put it into models/concepts"):
+    with pytest.raises(ValueError, match="x.safetensors is not an embedding: it is more than a learned word"):
         load(tmp_path / "x.safetensors")
 
 
