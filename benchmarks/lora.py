@@ -7,7 +7,6 @@ comes from `--split test`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 
@@ -19,10 +18,11 @@ from torch import Tensor
 from ..host.pictures import vae_encode
 from ..microworld.data import parallel
 from ..microworld.oracle import load
-from ..microworld.world import CONCEPTS, concept_photos, super_category
+from ..microworld.world import concept_photos, super_category
+from .concepts import conditions, names_of, parser, report
 from .perfusion import averages
 from .sampling import draw, encode, load_checkpoint
-from .textual_inversion import HERE, PHOTOS_SEED, REAL_SEED, SCENES, judge
+from .textual_inversion import PHOTOS_SEED, REAL_SEED, SCENES, judge
 
 RARE = "sks"
 CHOSEN = {"steps": 200, "learning_rate": 2e-3, "rank": 8, "batch_size": 1}
@@ -65,24 +65,15 @@ def one(name: str, seed: int, cfg: float, variants: dict[str, dict], strengths: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument("--concepts", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--cfg", type=float, default=3.0)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 0.75])
-    parser.add_argument("--variants", type=json.loads, default={"LoRA": {}}, help="settings by label, as JSON")
-    args = parser.parse_args()
-    names = [name for name, concept in CONCEPTS.items() if concept.split == args.split][: args.concepts]
+    own = parser(__doc__)
+    own.add_argument("--strengths", type=float, nargs="+", default=[1.0, 0.75])
+    own.add_argument("--variants", type=json.loads, default={"LoRA": {}}, help="settings by label, as JSON")
+    args = own.parse_args()
+    names = names_of(args)
     jobs = [(name, seed, args.cfg, args.variants, args.strengths) for seed in range(args.seeds) for name in names]
     found = list(parallel(one, *zip(*jobs, strict=True), workers=args.workers))
     result = {label: averages([each[label] for each in found], len(names)) for label in found[0]}
-    result |= CHOSEN | {"split": args.split, "concepts": names, "seeds": args.seeds, "cfg": args.cfg}
-    text = json.dumps(result, indent=1)
-    if args.split == "test":
-        (HERE / "results" / "lora.json").write_text(text + "\n")
-    print(text)
+    report(result | CHOSEN | conditions(args), "lora", args)
 
 
 if __name__ == "__main__":

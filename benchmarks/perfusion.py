@@ -9,11 +9,9 @@ Settings are chosen with `--split validation`; what is reported comes from `--sp
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from functools import partial
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -43,10 +41,11 @@ from ..textual_inversion.concept import Concept
 from ..textual_inversion.train import Preview, learn_word
 from ..training.dataset import gather
 from . import textual_inversion
+from .concepts import conditions, names_of, parser, report
 from .microworld import interval
 from .sampling import draw, load_checkpoint
 from .source import code
-from .textual_inversion import HERE, PHOTOS_SEED, REAL_SEED, SCENES, judge
+from .textual_inversion import PHOTOS_SEED, REAL_SEED, SCENES, judge
 
 BIASES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
 KEYS = {"locked keys": {}, "trained keys": {"train_keys": True}}
@@ -311,17 +310,12 @@ def mask_quality(names: list[str], count: int = 16) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=("single", "pairs", "judge", "masks", "leaks", "settings"), default="single")
-    parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument("--concepts", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--cfg", type=float, default=3.0)
-    parser.add_argument("--bias", type=float, default=0.8, help="of the pairs")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--variants", type=json.loads, default={}, help="settings by label, as JSON")
-    args = parser.parse_args()
-    names = [name for name, concept in CONCEPTS.items() if concept.split == args.split][: args.concepts]
+    own = parser(__doc__)
+    own.add_argument("--part", choices=("single", "pairs", "judge", "masks", "leaks", "settings"), default="single")
+    own.add_argument("--bias", type=float, default=0.8, help="of the pairs")
+    own.add_argument("--variants", type=json.loads, default={}, help="settings by label, as JSON")
+    args = own.parse_args()
+    names = names_of(args)
     if args.part in ("single", "settings"):
         variants = args.variants or KEYS
         jobs = [(name, seed, args.cfg, variants) for seed in range(args.seeds) for name in names]
@@ -333,12 +327,7 @@ def main() -> None:
         result = judged_renders(names)
     else:
         result = leaks(names, args.seeds) if args.part == "leaks" else mask_quality(names)
-    result |= {"split": args.split, "concepts": names, "seeds": args.seeds, "cfg": args.cfg}
-    text = json.dumps(result, indent=1)
-    if args.split == "test":
-        Path(HERE / "results").mkdir(exist_ok=True)
-        (HERE / "results" / f"perfusion_{args.part}.json").write_text(text + "\n")
-    print(text)
+    report(result | conditions(args), f"perfusion_{args.part}", args)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ LoRA with the concept's word are judged beside those of the edit and of the clas
 
 from __future__ import annotations
 
-import argparse
-
 import comfy.sd
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ from ..host.lora_names import lora_names
 from ..host.text import encode, ready, word_places
 from ..microworld.data import parallel
 from ..microworld.oracle import load
-from ..microworld.world import CONCEPTS, concept_photos
+from ..microworld.world import concept_photos
 from ..perfusion.apply import applied, overrides
 from ..perfusion.covariance import precision
 from ..perfusion.linear import linear_dual
@@ -27,10 +25,10 @@ from ..perfusion.lora import to_lora
 from ..perfusion.use import apply_concept
 from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
+from .concepts import conditions, names_of, parser, report
 from .perfusion import averages, learned
 from .sampling import draw, load_checkpoint
 from .textual_inversion import REAL_SEED, SCENES, judge
-from .timing import keep
 
 BIASES = (0.6, 0.8, 1.0)
 STRENGTHS = (0.7, 1.0)
@@ -96,22 +94,16 @@ def one(name: str, seed: int, cfg: float) -> tuple[dict, dict[str, tuple[float, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument("--concepts", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--cfg", type=float, default=3.0)
-    args = parser.parse_args()
-    names = [name for name, concept in CONCEPTS.items() if concept.split == args.split][: args.concepts]
+    args = parser(__doc__, seeds=2).parse_args()
+    names = names_of(args)
     jobs = [(name, seed, args.cfg) for seed in range(args.seeds) for name in names]
     found = list(parallel(one, *zip(*jobs, strict=True), workers=args.workers))
     count = len(names)
     layers = {bias: averages([differences[bias] for differences, _ in found], count) for bias in found[0][0]}
     pictures = {label: averages([dict(zip(("ID", "TXT"), scores[label], strict=True)) for _, scores in found], count)
                 for label in found[0][1]}
-    keep({"|LoRA - edit| / |edit - plain|": layers, "pictures": pictures, "split": args.split, "concepts": names,
-          "seeds": args.seeds, "cfg": args.cfg}, "perfusion_export")
+    result = {"|LoRA - edit| / |edit - plain|": layers, "pictures": pictures}
+    report(result | conditions(args), "perfusion_export", args)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Settings are chosen with `--split validation`; what is reported comes from `--sp
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 
 import comfy.sample
@@ -23,10 +22,11 @@ from torch.nn.functional import interpolate, pad
 from ..microworld import captions
 from ..microworld.data import parallel
 from ..microworld.oracle import PAIR_WEIGHTS, load
-from ..microworld.world import CONCEPTS, concept_photos, super_category
+from ..microworld.world import concept_photos, super_category
+from .concepts import conditions, names_of, parser, report
 from .perfusion import applied, averages, rightness
 from .sampling import draw, encode, load_checkpoint
-from .textual_inversion import HERE, REAL_SEED
+from .textual_inversion import REAL_SEED
 
 SIDE = 128
 ORDERS = {"the left thing first": "a {left} left of a <two> {place}",
@@ -105,26 +105,18 @@ def one_pair(first: str, second: str, seed: int, args: argparse.Namespace) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument("--concepts", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--cfg", type=float, default=3.0)
-    parser.add_argument("--bias", type=float, default=0.7)
-    parser.add_argument("--layout-bias", type=float, default=1.0, help="of pictures that are refined")
-    parser.add_argument("--refined-bias", type=float, default=0.85, help="of what is drawn again")
-    parser.add_argument("--denoise", type=float, default=0.7)
-    parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
-    names = [name for name, concept in CONCEPTS.items() if concept.split == args.split][: args.concepts]
+    own = parser(__doc__)
+    own.add_argument("--bias", type=float, default=0.7)
+    own.add_argument("--layout-bias", type=float, default=1.0, help="of pictures that are refined")
+    own.add_argument("--refined-bias", type=float, default=0.85, help="of what is drawn again")
+    own.add_argument("--denoise", type=float, default=0.7)
+    args = own.parse_args()
+    names = names_of(args)
     jobs = [(first, second, seed, args) for seed in range(args.seeds)
             for first, second in zip(names, [*names[1:], names[0]], strict=True)]
     found = list(parallel(one_pair, *zip(*jobs, strict=True), workers=args.workers))
     result = {label: averages([one[label] for one in found], len(names)) for label in found[0]}
-    text = json.dumps(result | vars(args) | {"concepts": names}, indent=1)
-    if args.split == "test":
-        (HERE / "results" / "perfusion_regions.json").write_text(text + "\n")
-    print(text)
+    report(result | vars(args) | conditions(args), "perfusion_regions", args)
 
 
 if __name__ == "__main__":

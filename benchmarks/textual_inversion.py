@@ -9,7 +9,6 @@ two processes of one thread each.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from pathlib import Path
@@ -21,12 +20,13 @@ from torch import Tensor
 from ..microworld.data import parallel
 from ..microworld.oracle import OTHER, load, read, satisfied, similarity
 from ..microworld.scene import BIASED_CLASS, COLOURS
-from ..microworld.world import CONCEPTS, CURATED, concept_photos, super_category
+from ..microworld.world import CURATED, concept_photos, super_category
 from ..nodes.train_textual_inversion import pace_of
 from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
 from ..textual_inversion.train import Preview, Recipe, learn_word
 from ..training.dataset import gather
+from .concepts import conditions, names_of, parser, report
 from .microworld import interval
 from .sampling import draw, load_checkpoint
 
@@ -136,19 +136,14 @@ def _colours(seed: int, cfg: float, count: int, changes: dict) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=("photos", "vectors", "debias", "settings"), default="photos")
-    parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument("--concepts", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--cfg", type=float, default=3.0)
-    parser.add_argument("--workers", type=int, default=2, help="of debias")
-    parser.add_argument("--changes", type=json.loads, default={}, help="other settings for all, as JSON")
-    parser.add_argument("--variants", type=json.loads, default={}, help="settings by label, as JSON")
-    args = parser.parse_args()
-    names = [name for name, concept in CONCEPTS.items() if concept.split == args.split][: args.concepts]
+    own = parser(__doc__)
+    own.add_argument("--part", choices=("photos", "vectors", "debias", "settings"), default="photos")
+    own.add_argument("--changes", type=json.loads, default={}, help="other settings for all, as JSON")
+    own.add_argument("--variants", type=json.loads, default={}, help="settings by label, as JSON")
+    args = own.parse_args()
+    names = names_of(args)
     if args.part == "debias":
-        result = debias(args.seeds, args.cfg, 100, args.changes, args.workers)
+        result = debias(args.seeds, args.cfg, 100, args.changes, args.workers) | {"concepts": list(CURATED)}
     else:
         variants = {
             "photos": {f"{count} photos": {"photos": count} for count in (1, 4, 16)},
@@ -156,13 +151,8 @@ def main() -> None:
             "settings": args.variants,
         }[args.part]
         variants = {label: {**changes, **args.changes} for label, changes in variants.items()}
-        result = compare(names, args.seeds, args.cfg, variants) | {"concepts": names}
-    result |= {"split": args.split, "seeds": args.seeds, "cfg": args.cfg, "changes": args.changes}
-    text = json.dumps(result, indent=1)
-    if args.split == "test":
-        (HERE / "results").mkdir(exist_ok=True)
-        (HERE / "results" / f"textual_inversion_{args.part}.json").write_text(text + "\n")
-    print(text)
+        result = compare(names, args.seeds, args.cfg, variants)
+    report(conditions(args) | result | {"changes": args.changes}, f"textual_inversion_{args.part}", args)
 
 
 if __name__ == "__main__":
