@@ -18,7 +18,7 @@ class ImportedEncoder(nn.Module):
     """
 
     tuning_rate = 0.032  # with the usual rate of offsets this is 1.6e-5, the published one
-    start, kept = 1.0, 1.0  # as published
+    word_rate, times, start, kept = 0.0, 1.0, 1.0, 1.0  # as published
     needs_vision = True
     hears_offsets = True  # in the published code one UNet, with its offsets, is heard and denoises
 

@@ -4,13 +4,15 @@ Of the model, low-rank differences of the attention matrices are learned in plac
 is a compact difference. The word is what the tuned encoder predicts in the mean, which spares the encoder in each step
 of sampling.
 
-An encoder pretrained here is tuned fast and too far, and the outcome then pulled back towards class word and model (as
-WiSE-FT does with weights): that is nearer the picture at the same obedience to prompts than tuning less.
+With an encoder pretrained here it goes beyond the paper, for more of the picture and of the prompt after five steps:
+what is added to the predicted word is learned as Textual Inversion learns words, from more of the noisy levels, and
+the outcome is pulled back towards class word and model, as WiSE-FT does with weights.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor
 from ..host.clip_vision import Vision
 from ..host.cross_attention import overridden
 from ..host.folders import unfinished_folder
+from ..host.objective import timestep_count
 from ..host.sockets import CLIP, ModelPatcher
 from ..host.text import encode_words
 from ..host.weight_offsets import ALL_PARTS, attention_matrices, matrix_shapes, offset_layers
@@ -32,6 +35,7 @@ from .difference_file import save
 from .domain import Domain, digest
 from .method import SENTENCES, Predictor
 from .offsets import Offset
+from .samples import later
 from .strangers import tell_strangers
 from .tune import predict
 from .use import with_difference
@@ -41,7 +45,7 @@ REGULARISER = 1e-3  # as in pretraining
 
 
 class TunedWhole(WordMethod):
-    """`learning_rate` of the recipe is that of the factors; the encoder moves at its `tuning_rate` of it."""
+    """`learning_rate` of the recipe is that of the factors; encoder and word move at the encoder's own rates."""
 
     architecture = "e4t"
 
@@ -57,6 +61,7 @@ class TunedWhole(WordMethod):
                                    torch.zeros(0, 0))
         self.predictor.installed.close()
         tell_strangers(self.predictor, self.latents, recipe.seed)
+        self.moved = {name: torch.zeros_like(found).requires_grad_() for name, found in self.predictor.rows.items()}
         self.offsets = {layer: Offset(*(f.detach().clone().to(self.device).requires_grad_()
                                         for f in (offset.left, offset.right)))
                         for layer, offset in domain.offsets.items()}
@@ -72,15 +77,20 @@ class TunedWhole(WordMethod):
         factors = [f for offset in self.offsets.values() for f in (offset.left, offset.right)]
         factors += [f for pair in self.added.values() for f in (pair.up, pair.down)]
         rate = self.recipe.learning_rate
+        words = [{"params": [moved], "lr": self.encoder.word_rate * self.predictor.units[name]}
+                 for name, moved in self.moved.items()]
         return [{"params": list(self.encoder.parameters()), "lr": self.encoder.tuning_rate * rate},
-                {"params": factors, "lr": rate}]
+                {"params": factors, "lr": rate}, *words]
 
     def loss(self, batch: Batch) -> Tensor:
-        """The error (b) under words that the encoder predicts from each sample's own noised latent."""
+        """The error (b) under words that the encoder predicts from each sample's own noised latent, and what is added
+        to them."""
+        batch = replace(batch, timesteps=later(batch.timesteps, timestep_count(self.model), self.encoder.times))
         tuned = self._tuned()
         self.changed = tuned if self.encoder.hears_offsets else {}
         said = self.predictor.predict(self.seen[batch.photos], batch.latents, batch.noise, batch.timesteps)
-        context, pooled = encode_words(self.clip, self.prompts(batch), self.predictor.words(said))
+        words = {name: found + self.moved[name] for name, found in self.predictor.words(said).items()}
+        context, pooled = encode_words(self.clip, self.prompts(batch), words)
         self.changed = tuned
         return self.error_under(batch, context, pooled) + REGULARISER * self.predictor.size(said)
 
@@ -107,13 +117,14 @@ class TunedWhole(WordMethod):
                 for layer, matrix in self.matrices.items()}
 
     def _settle(self) -> None:
-        """Makes the word what is kept of what the encoder now predicts in the mean, and leaves the model as it is."""
+        """Makes the word what is kept of the mean of what `loss` now learns with, and leaves the model as it is."""
         with torch.no_grad():
             self.changed = self._tuned() if self.encoder.hears_offsets else {}
         start = predict(self.predictor, self.seen, self.latents, self.recipe.seed)
         self.changed = {}
         for name, vectors in start.words.items():
-            self.leaves[name].data.copy_(torch.lerp(self.predictor.rows[name], vectors, self.encoder.kept))
+            whole = vectors + self.moved[name].detach()
+            self.leaves[name].data.copy_(torch.lerp(self.predictor.rows[name], whole, self.encoder.kept))
 
 
 def whole_recipe(domain: Domain, placeholder: str, steps: int, seed: int, **changes) -> Recipe:

@@ -17,16 +17,18 @@ from concepts_pack.e4t.encoder import Encoder
 from concepts_pack.e4t.method import Predictor
 from concepts_pack.e4t.offsets import RANK, Offset
 from concepts_pack.e4t.pretrain import shape_of
+from concepts_pack.e4t.samples import later
 from concepts_pack.e4t.tune import SHARE, TunedEdit, predict, tuning_recipe
 from concepts_pack.e4t.tune_whole import TunedWhole, whole_recipe
 from concepts_pack.e4t.use import apply_offsets, apply_tuned
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.cross_attention import cross_attentions
 from concepts_pack.host.objective import denoising_error
-from concepts_pack.host.text import encode
+from concepts_pack.host.text import encode, rows
 from concepts_pack.host.weight_offsets import matrix_shapes
 from concepts_pack.perfusion.file import to_bytes
 from concepts_pack.textual_inversion.train import Keeping, Preview, learn_word
+from concepts_pack.textual_inversion.word import row_size
 from concepts_pack.training.dataset import Lessons, gather
 from concepts_pack.training.draws import draw
 
@@ -129,6 +131,15 @@ def test_the_whole_learns_all_of_it_and_leaves_the_model(domain, photos, model, 
     assert not any("forward" in vars(module) for module in model.model.modules())
 
 
+def test_what_is_added_to_the_word_moves_at_a_rate_of_its_own(domain, photos, model, clip, vae):
+    start, moved = (whole(domain, photos, model, clip, vae, steps, learning_rate=0.0) for steps in (0, 1))
+    step = (moved.words[0].vectors["clip_l"] - start.words[0].vectors["clip_l"]).abs()
+    size = row_size(rows(clip, "cat")["clip_l"])
+    assert step.median() == pytest.approx(Encoder.kept * Encoder.word_rate * size, rel=1e-3)  # Adam's first step
+    for layer, offset in moved.edit.offsets.items():
+        torch.testing.assert_close(offset.left, start.edit.offsets[layer].left)
+
+
 def test_the_whole_is_kept_as_a_share_of_what_was_learned(domain, photos, model, clip, vae):
     """The loss in training is that of the model patched with all that was learned, under the whole word's encoding."""
     latents = torch.randn(1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -140,6 +151,7 @@ def test_the_whole_is_kept_as_a_share_of_what_was_learned(domain, photos, model,
         batch = draw(latents, 1000, 1, 0, 0)
         with torch.no_grad():
             found = method.loss(batch)
+            batch = replace(batch, timesteps=later(batch.timesteps, 1000, Encoder.times))
             method.changed.clear()
             said = method.predictor.predict(method.seen, batch.latents, batch.noise, batch.timesteps)
             vectors = {name: v[0] for name, v in method.predictor.words(said).items()}
