@@ -135,7 +135,8 @@ def test_what_is_added_to_the_word_moves_at_a_rate_of_its_own(domain, photos, mo
     start, moved = (whole(domain, photos, model, clip, vae, steps, learning_rate=0.0) for steps in (0, 1))
     step = (moved.words[0].vectors["clip_l"] - start.words[0].vectors["clip_l"]).abs()
     size = row_size(rows(clip, "cat")["clip_l"])
-    assert step.median() == pytest.approx(Encoder.kept * Encoder.word_rate * size, rel=1e-3)  # Adam's first step
+    longest = Encoder.kept * Encoder.word_rate * size  # Adam's first step
+    assert 0.2 * longest < step.max() < 1.001 * longest
     for layer, offset in moved.edit.offsets.items():
         torch.testing.assert_close(offset.left, start.edit.offsets[layer].left)
 
