@@ -187,7 +187,7 @@ def test_own_masks_of_many_pictures_are_made_a_few_at_a_time(method_of, monkeypa
         few = found()
     assert max(seen) == 4 and sum(seen) == 9 * len(masks.NOISE)
     monkeypatch.setattr(masks, "AT_ONCE", 9)
-    torch.testing.assert_close(few, found(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(few, found(), rtol=1e-3, atol=1e-4)
 
 
 def test_same_seed_same_file(model, clip, vae, photos):
