@@ -42,6 +42,7 @@ from .use import with_difference
 
 RANK = 4
 REGULARISER = 1e-3  # as in pretraining
+WORD_PATH = 2.5  # in the encoder's unit: how far all steps together may move each number that is added to the word
 
 
 class TunedWhole(WordMethod):
@@ -77,7 +78,8 @@ class TunedWhole(WordMethod):
         factors = [f for offset in self.offsets.values() for f in (offset.left, offset.right)]
         factors += [f for pair in self.added.values() for f in (pair.up, pair.down)]
         rate = self.recipe.learning_rate
-        words = [{"params": [moved], "lr": self.encoder.word_rate * self.predictor.units[name]}
+        step = min(self.encoder.word_rate, WORD_PATH / max(1, self.recipe.steps))
+        words = [{"params": [moved], "lr": step * self.predictor.units[name]}
                  for name, moved in self.moved.items()]
         return [{"params": list(self.encoder.parameters()), "lr": self.encoder.tuning_rate * rate},
                 {"params": factors, "lr": rate}, *words]

@@ -19,7 +19,7 @@ from concepts_pack.e4t.offsets import RANK, Offset
 from concepts_pack.e4t.pretrain import shape_of
 from concepts_pack.e4t.samples import later
 from concepts_pack.e4t.tune import SHARE, TunedEdit, predict, tuning_recipe
-from concepts_pack.e4t.tune_whole import TunedWhole, whole_recipe
+from concepts_pack.e4t.tune_whole import WORD_PATH, TunedWhole, whole_recipe
 from concepts_pack.e4t.use import apply_offsets, apply_tuned
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.cross_attention import cross_attentions
@@ -139,6 +139,18 @@ def test_what_is_added_to_the_word_moves_at_a_rate_of_its_own(domain, photos, mo
     assert 0.2 * longest < step.max() < 1.001 * longest
     for layer, offset in moved.edit.offsets.items():
         torch.testing.assert_close(offset.left, start.edit.offsets[layer].left)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 50])
+def test_many_steps_together_move_the_word_as_far_as_five(domain, model, clip, photos, steps):
+    latents = torch.zeros(1, 1, 4, 8, 8)
+    with private_copies(model, clip) as (unet, text):
+        method = TunedWhole(domain, photos, unet, text, whole_recipe(domain, "<mine>", steps, 5),
+                            Lessons(latents, None, ("",)))
+        rate = method.parameters()[-1]["lr"]
+        method.installed.close()
+    farthest = WORD_PATH if steps > 1 else Encoder.word_rate
+    assert rate * steps == pytest.approx(farthest * row_size(rows(clip, "cat")["clip_l"]))
 
 
 def test_the_whole_is_kept_as_a_share_of_what_was_learned(domain, photos, model, clip, vae):
