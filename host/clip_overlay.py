@@ -126,7 +126,7 @@ def _refuse_clash(old: Word | None, new: Word) -> None:
     if not len(pairs) == len(old.vectors) == len(new.vectors) or not all(equal(a, b) for a, b in pairs):
         raise ValueError(
             f"{new.placeholder} already stands for another learned word in this CLIP; "
-            "give one of the two another placeholder where it is loaded or trained."
+            "give one of the two another placeholder where it is trained, or in Load Concept once it is saved."
         )
 
 

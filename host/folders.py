@@ -32,12 +32,18 @@ def folders_with(kind: str, file: str) -> list[str]:
 
 
 def folder_path(kind: str, name: str) -> Path:
-    """The folder behind a listed name. Raises ValueError when it is gone or lies elsewhere."""
-    for root in (Path(root).resolve() for root in folder_paths.get_folder_paths(kind)):
-        path = (root / name).resolve()
-        if path != root and path.is_relative_to(root) and path.is_dir():
+    """The folder behind a listed name, which may be a link. Raises ValueError when it is gone or lies elsewhere."""
+    for root in folder_paths.get_folder_paths(kind):
+        path = _below(root, name)
+        if path and path != _below(root, "") and path.is_dir():
             return path
     raise ValueError(f"There is no folder {name!r} in models/{kind}; press R to refresh the list.")
+
+
+def _below(root: str, name: str) -> Path | None:
+    """The place of a name in a folder, links in it not followed; None where it leads out of the folder."""
+    path = Path(os.path.abspath(os.path.join(root, name)))
+    return path if path.is_relative_to(os.path.abspath(root)) else None
 
 
 def register() -> None:
@@ -100,9 +106,8 @@ def input_subfolders() -> list[str]:
 
 
 def input_subfolder(name: str) -> Path:
-    """A listed folder. Raises ValueError when it is gone or lies elsewhere."""
-    root = Path(folder_paths.get_input_directory()).resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root) or not path.is_dir():
+    """A listed folder, which may be a link. Raises ValueError when it is gone or lies elsewhere."""
+    path = _below(folder_paths.get_input_directory(), name)
+    if path is None or not path.is_dir():
         raise ValueError(f"There is no folder {name!r} in ComfyUI's input folder; press R to refresh the list.")
     return path

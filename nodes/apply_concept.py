@@ -61,7 +61,7 @@ class ConceptsApplyStack(io.ComfyNode):
             display_name="Apply Concepts",
             category="concepts/apply",
             description=(
-                "Makes any number of concepts available at once, with one strength and bias for all. For settings of "
+                "Makes up to sixteen concepts available at once, with one strength and bias for all. For settings of "
                 "their own chain Apply Concept; the result is the same."
             ),
             search_aliases=["concept stack", "multi concept", "several concepts"],

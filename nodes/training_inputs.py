@@ -24,8 +24,11 @@ LONGEST_PLACEHOLDER = 64  # it also names files
 _stopped: list[dict[str, str | int | float]] = []
 
 
-def what_to_learn() -> list[io.Input]:
-    """Checkpoint, photos and the word."""
+SEVERAL = "Three to ten photos of the thing, in different places and from different sides"
+
+
+def what_to_learn(which: str = SEVERAL) -> list[io.Input]:
+    """Checkpoint, photos and the word; `which` photos are wanted."""
     return [
         io.Model.Input("model", tooltip=(
             "The checkpoint to learn for: Stable Diffusion 1.x, 2.x or SDXL. LoRAs on it count."
@@ -35,11 +38,11 @@ def what_to_learn() -> list[io.Input]:
         )),
         io.Vae.Input("vae", tooltip="The checkpoint's VAE. Photos are encoded once, before the first step."),
         io.Image.Input("images", tooltip=(
-            "Three to ten photos of the thing, in different places and from different sides, the thing large "
-            "in each. A batch, or a list of any sizes; the middle square of each is used."
+            f"{which}, the thing large in each. A batch, or a list of any sizes; the middle square of each is used, or "
+            "the square around its mask."
         )),
         io.Mask.Input("masks", optional=True, tooltip=(
-            "Where the thing is, 1 on it, one mask for each photo: the rest then counts a tenth as much. A mask "
+            "Where the thing is, 1 on it, one mask for each photo: the rest then counts far less. A mask "
             "painted over the thing in the MaskEditor is right as it is; for a picture whose background is transparent "
             "put Invert Mask behind Load Image."
         )),
@@ -104,7 +107,7 @@ def how_to_look() -> list[io.Input]:
         )),
         io.Float.Input("mask_floor", default=0.1, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
             "How much the photo outside its mask counts. Above 0 the word also learns how the thing meets "
-            "its surroundings. Without masks it does nothing."
+            "its surroundings. Without masks it only counts where the node finds the thing by itself."
         )),
         io.Float.Input("snr_cap", default=0.0, min=0.0, max=100.0, step=0.5, advanced=True, tooltip=(
             "Min-SNR weighting: bounds how much nearly clean pictures count. 5 is usual, 0 turns it off."
@@ -134,7 +137,7 @@ def how_to_run() -> list[io.Input]:
             "A sample picture is drawn every so many steps. 0 draws only the first and the last."
         )),
         io.String.Input("preview_prompt", default="a photo of a {}", advanced=True, tooltip=(
-            "What the sample pictures show, {} where the word goes. Without it the word goes where the init text "
+            "What the sample pictures show, {} where the word goes. Without it the word goes where the class word "
             "stands, or in front."
         )),
         io.Float.Input("preview_cfg", default=7.0, min=1.0, max=30.0, step=0.1, advanced=True, tooltip=(
@@ -181,7 +184,7 @@ def outputs() -> list[io.Output]:
     """What a training gives."""
     return [
         Concept.Output("concept", display_name="concept", tooltip=(
-            "The learned word, for Save Concept and Apply Concept."
+            "What was learned, for Save Concept and Apply Concept."
         )),
         io.LossMap.Output("loss_map", display_name="loss_map", tooltip=(
             "The loss of every step, for ComfyUI's Plot Loss Graph."

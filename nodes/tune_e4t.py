@@ -38,7 +38,8 @@ class ConceptsTuneE4T(io.ComfyNode):
             is_input_list=True,
             inputs=[
                 Domain.Input("domain", tooltip="What was pretrained, from Load E4T Domain."),
-                *(each for each in what_to_learn() if each.id not in ("init_text", "captions")),
+                *(each for each in what_to_learn("One photo of the thing, or a few of the same thing")
+                  if each.id not in ("init_text", "captions")),
                 io.Int.Input("steps", default=5, min=1, max=1000, tooltip=(
                     "How long to tune. Five to fifteen do for most pictures; more come nearer to the picture and copy "
                     "it more."

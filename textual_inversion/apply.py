@@ -42,6 +42,9 @@ def _require_fit(clip: CLIP, word: Word, base: str) -> None:
         log.warning("%s was learned on %s for %s; this CLIP's %s reads %s in its place, so that it may look less like "
                     "what was learned.", word.placeholder, base, ", ".join(word.vectors), ", ".join(sorted(others)),
                     word.class_word or "nothing")
+    if lost := word.vectors.keys() - present.keys():
+        log.warning("%s was learned on %s for %s too, which this CLIP lacks, so that it may look less like what was "
+                    "learned.", word.placeholder, base, ", ".join(sorted(lost)))
 
 
 def _scaled(clip: CLIP, word: Word, strength: float) -> Word:

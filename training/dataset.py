@@ -108,9 +108,9 @@ def _photo(number: int, picture: Tensor, mask: Tensor | None, caption: str) -> P
         raise ValueError(f"Image {number} is {width}×{height} pixels; at least {SMALLEST} a side are needed.")
     if not bool(picture.isfinite().all()):
         raise ValueError(f"Image {number} holds values that are not numbers.")
-    if mask is None and channels == 4:
-        mask = picture[..., 3]
     mask = telling(mask)
+    if mask is None and channels == 4:
+        mask = telling(picture[..., 3])
     if mask is not None and mask.shape != (height, width):
         raise ValueError(f"Mask {number} is {mask.shape[1]}×{mask.shape[0]} pixels, image {number} {width}×{height}; "
                          "they must be of one size.")

@@ -2,9 +2,9 @@
 
 import os
 import re
-import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
+from secrets import token_hex
 from typing import Any
 
 import torch
@@ -14,20 +14,19 @@ from torch import Tensor
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file so that a crash leaves the old one or the new one. Raises ValueError when the disk refuses."""
-    temporary = None
+    temporary, begun = path.with_name(f"{token_hex(8)}.part"), False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("xb") as file:  # tempfile tries on and on in a folder that Windows protects
+            begun = True
             file.write(data)
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        refused = isinstance(error, PermissionError) and temporary is not None  # only to replace what is there
+        refused = isinstance(error, PermissionError) and begun  # only to replace what is there
         advice = "; it may be in use: choose another name, or turn overwrite off" if refused else ""
         raise ValueError(f"{path} could not be written: {error.strerror or error}{advice}.") from error
     finally:
-        if temporary is not None:
+        if begun:
             temporary.unlink(missing_ok=True)
 
 

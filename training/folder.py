@@ -78,7 +78,15 @@ def read_photo(path: Path) -> Photo:
             raise ValueError(f"{beside.name} is {mask.shape[1]}×{mask.shape[0]} pixels, {path.name} "
                              f"{picture.shape[1]}×{picture.shape[0]}; they must be of one size.")
     caption = path.with_suffix(".txt")
-    return Photo(picture, telling(mask), caption.read_text("utf-8", "replace").strip() if caption.exists() else "")
+    return Photo(picture, telling(mask), _text(caption) if caption.exists() else "")
+
+
+def _text(path: Path) -> str:
+    """The text of a file, with or without the mark that some editors put in front of UTF-8."""
+    try:
+        return path.read_text("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not text in UTF-8; save it again in that encoding.") from error
 
 
 def _pixels(path: Path) -> tuple[Tensor, Tensor | None]:

@@ -61,16 +61,17 @@ def full_disk(monkeypatch):
     """Lets the kernel refuse every byte of the files that are written, as on a disk with no more room."""
     if not os.path.exists("/dev/full"):
         pytest.skip("This system has no /dev/full")
-    opened = tempfile.NamedTemporaryFile
+    opened = Path.open
 
-    def open_full(*args, **options):
-        file = opened(*args, **options)
-        full = os.open("/dev/full", os.O_WRONLY)
-        os.dup2(full, file.fileno())
-        os.close(full)
+    def open_full(path, mode="r", *args, **options):
+        file = opened(path, mode, *args, **options)
+        if "x" in mode:
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, file.fileno())
+            os.close(full)
         return file
 
-    return lambda: monkeypatch.setattr(tempfile, "NamedTemporaryFile", open_full)
+    return lambda: monkeypatch.setattr(Path, "open", open_full)
 
 
 @pytest.fixture

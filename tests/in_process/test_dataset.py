@@ -52,6 +52,7 @@ def test_alpha_is_the_mask_where_none_is_given():
     assert torch.equal(gather([picture])[0].mask, picture[0, ..., 3])
     own = torch.rand(1, 64, 64)
     assert torch.equal(gather([picture], [own])[0].mask, own[0])
+    assert torch.equal(gather([picture], [torch.zeros(1, 64, 64)])[0].mask, picture[0, ..., 3])
 
 
 @pytest.mark.parametrize("mask", [torch.zeros(1, 64, 64), torch.ones(1, 64, 64), torch.ones(1, 96, 80)])

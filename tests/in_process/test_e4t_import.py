@@ -320,6 +320,8 @@ def test_releases_are_listed_wherever_they_were_unpacked(models):
     node = NODES["ConceptsImportE4T"]
     (folder,) = [i for i in node.define_schema().inputs if i.id == "folder"]
     assert folder.options == ["cats", "downloads/e4t-v1"]
+    (models / "linked").symlink_to((models / "downloads").rename(models.parent / "elsewhere") / "e4t-v1")
+    assert run("ConceptsImportE4T", folder="linked", name="").result
     before = node.fingerprint_inputs(folder="cats", name="")
     write(models / "cats", FROZEN, encoder=weights(), weight_offsets=OFFSETS)
     assert node.fingerprint_inputs(folder="cats", name="") != before

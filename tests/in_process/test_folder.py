@@ -55,6 +55,20 @@ def test_alpha_is_the_mask(folder):
     assert only(folder).mask.min() < 0.1 and only(folder).mask.max() > 0.9
 
 
+def test_a_caption_may_begin_with_the_mark_of_utf8(folder):
+    RED.save(folder / "x.png")
+    (folder / "x.txt").write_text("a café {}", "utf-8-sig")
+    assert only(folder).caption == "a café {}"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_a_caption_in_another_encoding_is_told(folder, encoding):
+    RED.save(folder / "x.png")
+    (folder / "x.txt").write_text("a café {}", encoding)
+    with pytest.raises(ValueError, match=r"x\.txt is not text in UTF-8; save it again"):
+        read_folder(folder)
+
+
 @pytest.mark.parametrize("shade", [0, 255])
 def test_a_mask_that_says_nothing_is_none(folder, shade):
     RED.save(folder / "x.png")

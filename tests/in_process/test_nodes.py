@@ -147,6 +147,10 @@ def test_a_folder_is_loaded_for_training(training, tmp_path, monkeypatch):
     before = load.fingerprint_inputs(folder="cats")
     (tmp_path / "cats" / "a.txt").write_text("another {}", "utf-8")
     assert load.fingerprint_inputs(folder="cats") != before
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "linked").symlink_to(tmp_path / "cats")
+    assert load.execute(folder="linked").result[2] == ["another {}", "a {} on grass"]
     for name in ("dogs", "../cats/..", "/"):
         with pytest.raises(ValueError, match="There is no folder"):
             load.execute(folder=name)

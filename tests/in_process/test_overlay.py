@@ -102,6 +102,13 @@ def test_a_word_that_one_encoder_of_a_pair_lacks_is_told(caplog):
         assert f"for clip_l; this CLIP's clip_g reads {read} in its place" in record.getMessage()
 
 
+def test_what_a_word_holds_for_an_encoder_that_lacks_is_told(clip, caplog):
+    vectors = {"clip_l": torch.ones(1, WIDTH), "clip_g": torch.ones(1, 1280)}
+    apply_words(clip, Concept((Word("<mine>", "cat", vectors),), metadata={"modelspec.base_model": "sdxl"}), 1.0)
+    (record,) = caplog.records
+    assert "<mine> was learned on sdxl for clip_g too, which this CLIP lacks" in record.getMessage()
+
+
 @pytest.mark.parametrize("placeholder", ["_x", "-y", "__anna__"])
 def test_a_placeholder_that_begins_with_a_line_is_not_found_inside_a_word(clip, placeholder):
     overlaid = with_words(clip, [word(placeholder)])
