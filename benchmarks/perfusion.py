@@ -173,7 +173,7 @@ def leak(base, concept: Concept, pictures: Tensor, masks: Tensor) -> float:
         model.model.apply_model(noisy, sigma, c_crossattn=context.expand(len(latents), -1, -1),
                                 transformer_options=model.model_options["transformer_options"])
 
-    for attended in attention_to(model.model, [word_places(clip, text, 1)[0]], call):
+    for attended in attention_to(model.model, [word_places(clip, text, concept.words[0].vectors)[0]], call):
         side = int(attended.shape[1] ** 0.5)
         outside = 1 - torch.nn.functional.adaptive_avg_pool2d(masks[:, None], side).flatten(1)
         shares.append(((attended * outside).sum(1) / attended.sum(1)).mean().item())

@@ -45,7 +45,7 @@ def layer_differences(base, concept: Concept, bias: float) -> dict[str, float]:
     squares: dict[str, np.ndarray] = {}
     for scene, _ in SCENES:
         text = scene.format(word.placeholder)
-        context, place = encode(clip, text)[0].float(), word_places(clip, text, 1)[0]
+        context, place = encode(clip, text)[0].float(), word_places(clip, text, word.vectors)[0]
         parts = {"concept's token": slice(place, place + 1), "tokens behind it": slice(place + 1, None)}
         layers, _ = overrides(attentions, [edit])
         for name, attention in attentions.items():

@@ -58,7 +58,8 @@ class Predictor:
         self.rows = {name: spread(found, 1).to(self.device) for name, found in rows(clip, word).items()}
         self.units = {name: encoder.unit(found) for name, found in self.rows.items()}
         self.clip = with_words(clip, [Word(PLACEHOLDER, word, self.rows)])
-        self.places = {sentence: word_places(self.clip, fill(sentence, PLACEHOLDER), 1)[0] for sentence in SENTENCES}
+        self.places = {sentence: word_places(self.clip, fill(sentence, PLACEHOLDER), self.rows)[0]
+                       for sentence in SENTENCES}
         with torch.no_grad():
             self.empty = encode(clip, "")
             self.super_input = self._super_input(clip)
@@ -125,8 +126,9 @@ class Predictor:
         self.call, self.changed = None, {}
 
     def _offset(self) -> dict[str, Tensor]:
-        return {name: offset_weight(layer.weight, self.offsets[name])
-                for name, layer in self.matrices.items() if name in self.offsets}
+        with torch.autocast(self.device.type, enabled=False):  # which would round 1 + Δ to a step of 1/128
+            return {name: offset_weight(layer.weight, self.offsets[name])
+                    for name, layer in self.matrices.items() if name in self.offsets}
 
     def _together(self, context: Tensor, sentences: list[str], added: dict[str, Tensor]) -> Together:
         targets = context[range(len(context)), [self.places[sentence] for sentence in sentences]].detach()

@@ -35,14 +35,17 @@ def encode(clip: CLIP, text: str) -> tuple[Tensor, Tensor | None]:
     return context, pooled
 
 
-def word_places(clip: CLIP, text: str, vectors: int) -> list[int]:
+def word_places(clip: CLIP, text: str, vectors: Mapping[str, Tensor]) -> list[int]:
     """Where in its encoding the vectors of a learned word end, once for each time `text` has the word.
 
-    `vectors` is how many the word has. Encoders of a pair have the same places.
+    `vectors` (n d), by encoder, are those that `clip` was given for it: the same numbers in the same place in memory,
+    which tells it from other learned words. Encoders of a pair have the same places.
     """
-    sections = next(iter(clip.tokenize(text).values()))
-    given = [isinstance(token, Tensor) for section in sections for token, *_ in section]
-    return [place for place, here in enumerate(given) if here][vectors - 1::vectors]
+    name, sections = next(iter(clip.tokenize(text).items()))
+    own = vectors[f"clip_{name}"].detach()
+    known = {row.data_ptr() for row in own}
+    given = [isinstance(token, Tensor) and token.data_ptr() in known for section in sections for token, *_ in section]
+    return [place for place, here in enumerate(given) if here][len(own) - 1::len(own)]
 
 
 def encode_all(clip: CLIP, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:

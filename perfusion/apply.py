@@ -13,6 +13,7 @@ from .edit import change, components, gate, gate_of_kin, similarity, withheld
 
 BIAS, TEMPERATURE = 0.8, 0.1
 KEYS, VALUES = 0, 1
+SIBLING = 0.05  # by so much may the token that is most like a concept be more like another one
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +120,7 @@ class Call:
             s = similarity(encodings.float(), self.inputs, self.dual)
             most = s.amax(1, keepdim=True)
             self.seen.append(most.amax((0, 1)))
-            present = most >= self.presence
+            present = (most >= self.presence) & (self._own(s)[:, None] | self.everywhere)
             c = components(s, self.inputs, self.dual, present.expand_as(s))
             published, kin = gate(s, self.bias, self.temperature), gate_of_kin(s, self.bias, self.temperature)
             g = torch.where(self.everywhere, published, kin) * present
@@ -131,6 +132,13 @@ class Call:
             amounts = keys, (c, gates)
             self.known.append((encodings, amounts))
         return amounts
+
+    @staticmethod
+    def _own(s: Tensor) -> Tensor:
+        """Whether the token most like a concept is its own (b j), not that of another of its class; s (b n j)."""
+        most = s.argmax(1)[..., None].expand(-1, -1, s.shape[-1])
+        there = s.gather(1, most)
+        return there.diagonal(dim1=1, dim2=2) >= there.amax(-1) - SIBLING
 
     def _through(self, forward: Callable, encodings: Tensor) -> tuple[Tensor, Tensor]:
         """W i* and W·(super-category) (j d_l), fp32, with all that LoRAs and quantisation make of W."""

@@ -40,7 +40,7 @@ def linear_dual(clip: CLIP, concept: Concept) -> Tensor:
     behind, word_itself = [], []
     for prompt in _prompts(word.placeholder):
         encoding = encode(taught, prompt)[0][0].cpu().double()
-        place = word_places(taught, prompt, len(next(iter(word.vectors.values()))))[0]
+        place = word_places(taught, prompt, word.vectors)[0]
         behind.append(encoding[place + 1:])
         word_itself.append(encoding[place])
     read, strays = torch.cat(behind), torch.stack(word_itself) - target

@@ -158,7 +158,7 @@ class EditMethod(WordMethod):
 
     def _place(self, text: str) -> int:
         if text not in self.places:
-            self.places[text] = word_places(self.clip, text, self.recipe.vectors)[0]
+            self.places[text] = word_places(self.clip, text, self.leaves)[0]
         return self.places[text]
 
     @torch.no_grad()

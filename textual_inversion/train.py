@@ -107,7 +107,7 @@ class WordMethod:
         self.clip = with_words(clip, [Word(recipe.placeholder, recipe.init_text, self.leaves)])
         self.captions = [c and sentence_of(c, recipe.placeholder, recipe.init_text) for c in lessons.captions]
         for sentence in recipe.sentences:
-            if not word_places(self.clip, fill(sentence, recipe.placeholder), recipe.vectors):
+            if not word_places(self.clip, fill(sentence, recipe.placeholder), self.leaves):
                 raise ValueError(f"{recipe.placeholder} is not a word of its own in {sentence!r}, where it stands for "
                                  "{}; put a space between it and what touches it.")
 

@@ -23,6 +23,7 @@ from concepts_pack.e4t.samples import Samples, draw_pair, later, read_samples
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.cross_attention import cross_attentions
 from concepts_pack.host.progress import Cancelled
+from concepts_pack.host.text import encode as encode_text
 from concepts_pack.perfusion.apply import Applied, Call
 from concepts_pack.perfusion.concept import Edit
 from concepts_pack.textual_inversion.templates import fill
@@ -97,6 +98,66 @@ def learner_of(model, clip, recompute=False, **changes):
 def steps(learner, count):
     return [learner.step(draw_pair(SAMPLES, 1000, 4, 0, step), step, 0.0, Workers(), bf16=False)
             for step in range(count)]
+
+
+def test_the_average_is_mostly_what_it_was_only_later(model, clip):
+    with learner_of(model, clip) as learner:
+        before = [mean.clone() for mean in learner.mean]
+        steps(learner, 1)
+        expected = [old.lerp(new.detach(), 0.9) for old, new in zip(before, learner.trained, strict=True)]
+        torch.testing.assert_close(learner.mean, expected)
+
+
+@pytest.mark.parametrize("edited", [True, False])
+def test_the_regulariser_is_the_mean_square_of_what_is_predicted(model, clip, edited):
+    with learner_of(model, clip) as learner, torch.no_grad():
+        pair = draw_pair(SAMPLES, 1000, 2, 0, 0)
+        said = learner.predictor.predict(pair.pictures, pair.latents, pair.noise, pair.timesteps)
+        size = said.words["clip_l"].square().mean(1)
+        if edited:
+            size = size + torch.cat(list(said.values.values()), 1).square().mean(1)
+        with_it, without = (learner.predictor.loss(pair, edited, weight) for weight in (100.0, 0.0))
+    torch.testing.assert_close(with_it - without, 100 * size, rtol=1e-3, atol=1e-3)
+
+
+def test_predictions_are_in_root_mean_squares(model, clip):
+    with learner_of(model, clip) as learner, torch.no_grad():
+        predictor, pair = learner.predictor, draw_pair(SAMPLES, 1000, 2, 0, 0)
+        said = predictor.predict(pair.pictures, pair.latents, pair.noise, pair.timesteps)
+        row = predictor.rows["clip_l"]
+        torch.testing.assert_close(predictor.words(said)["clip_l"][:, 0],
+                                   row + row.square().mean().sqrt() * said.words["clip_l"], rtol=1e-3, atol=1e-4)
+        context = torch.randn(2, 77, WIDTH, generator=torch.Generator().manual_seed(2))
+        call = predictor._together(context, list(SENTENCES[:2]), predictor.added(said))
+        for name, attention in predictor.attentions.items():
+            weight = attention.to_v.weight
+            unit = (weight @ predictor.super_input).square().mean().sqrt()
+            own = torch.stack([weight @ context[n, predictor.places[SENTENCES[n]]] for n in range(2)])
+            torch.testing.assert_close(call.learned[name], own + unit * said.values[name], rtol=1e-3, atol=1e-3)
+
+
+def test_a_class_of_several_words_is_met_at_its_last(model, clip):
+    word = "red brick house"
+    with private_copies(model, clip) as (unet, text), torch.no_grad():
+        made = Predictor(unet, text, word, Encoder(shape_of(unet, text, RECIPE)), {}, 1.0, METRIC)
+        made.installed.close()
+        ends = [encode_text(text, fill(sentence, word))[0][0, made.places[sentence] + 2] for sentence in SENTENCES]
+    torch.testing.assert_close(made.super_input, torch.stack(ends).mean(0))
+
+
+def test_weights_are_those_of_the_view_that_is_denoised():
+    samples = replace(SAMPLES, weights=torch.rand(SAMPLES.weights.shape, generator=torch.Generator().manual_seed(0)))
+    pair = draw_pair(samples, 1000, 4, 0, 3)
+    assert torch.equal(pair.weights, samples.weights[pair.batch.photos, pair.batch.views])
+
+
+def test_offsets_are_not_rounded_where_the_rest_is(model, clip):
+    with learner_of(model, clip) as learner, torch.autocast("cpu", torch.bfloat16):
+        name, offset = next(iter(learner.offsets.items()))
+        offset.left.data.fill_(1e-3)
+        found = learner.predictor._offset()[name]
+    weight = learner.predictor.matrices[name].weight
+    torch.testing.assert_close(found, weight * (1 + offset.left @ offset.right))
 
 
 @pytest.mark.parametrize("edited", [0.0, 1.0])

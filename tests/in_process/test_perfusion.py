@@ -105,6 +105,37 @@ def test_prompts_without_the_concept_keep_every_bit(model, edit, precision, prom
     assert not torch.equal(sample(everywhere, cond(prompts[1]), cond(prompts[1] * 0.5)), plain)
 
 
+def values_under(model, edits, context):
+    attentions = cross_attentions(model.model.diffusion_model)
+    with torch.inference_mode(), overridden(overrides(attentions, edits)[0]):
+        return [layer(context) for attention in attentions.values() for layer in (attention.to_k, attention.to_v)]
+
+
+def test_another_concept_of_the_class_acts_only_where_its_own_word_is(model, edit, precision, prompts):
+    """Its similarity to the word that the prompt has is 0.8, far above what makes a concept present."""
+    metric, i = precision.double(), edit.target_input.double()
+    other = prompts[1][0, 4].double()
+    other = other - (other @ metric @ i) / (i @ metric @ i) * i
+    other = other * ((i @ metric @ i) / (other @ metric @ other)).sqrt()
+    sibling = edit_of(model, (0.8 * i + 0.6 * other).float(), seed=6, presence=0.5)
+    one, two = (applied(each, precision, name) for each, name in ((edit, "<mine>"), (sibling, "<two>")))
+    torch.testing.assert_close(values_under(model, [one, two], prompts[0]), values_under(model, [one], prompts[0]),
+                               rtol=1e-4, atol=1e-4)
+    both = prompts[0].clone()
+    both[0, 7] = sibling.target_input
+    assert not near(values_under(model, [one, two], both)[1][0, 7], values_under(model, [one], both)[1][0, 7])
+    again = replace(edit, target_input=edit.target_input * 1.02)  # the concept from another step of its training
+    assert not near(values_under(model, [one, applied(again, precision, "<again>")], prompts[0])[1],
+                    values_under(model, [one], prompts[0])[1])
+
+
+def test_each_concept_has_its_own_key_strength(model, edit, precision, prompts):
+    pair = [applied(edit, precision, "<mine>", key_strength=0.3),
+            applied(edit_of(model, prompts[0][0, 4].clone(), seed=8), precision, "<two>", key_strength=1.5)]
+    found = (values_under(model, edits, prompts[0])[0] for edits in (pair, pair[::-1]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_the_base_keeps_every_bit_and_no_patch(model, edit, precision, prompts):
     before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
     plain = sample(model, cond(prompts[0]), cond(prompts[1]))

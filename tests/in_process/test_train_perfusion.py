@@ -7,6 +7,8 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from concepts_pack.host.attention_maps import attention_to
+from concepts_pack.host.clip_overlay import with_words
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.cross_attention import cross_attentions, sizes
 from concepts_pack.host.text import encode
@@ -17,6 +19,8 @@ from concepts_pack.perfusion.edit import similarity
 from concepts_pack.perfusion.file import from_bytes, to_bytes
 from concepts_pack.perfusion.masks import zero_shot
 from concepts_pack.perfusion.train import EditMethod, EditRecipe
+from concepts_pack.textual_inversion.concept import Word
+from concepts_pack.textual_inversion.templates import AMONG_OTHERS, fill
 from concepts_pack.textual_inversion.train import Keeping, Preview, learn_word
 from concepts_pack.training.dataset import Lessons, gather
 from concepts_pack.training.draws import draw
@@ -68,6 +72,45 @@ def test_it_learns(method_of):
     before = loss()
     train(method, latents, Plan(steps=30, batch_size=4, seed=0, levels=1000), lambda losses: None)
     assert loss() < before
+
+
+def test_where_a_layer_looks(model):
+    """softmax(q kᵀ / √d), the mean over heads, summed over the tokens asked for."""
+    attention = next(iter(cross_attentions(model.model.diffusion_model).values()))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, attention.to_q.in_features, generator=generator)
+    context = torch.randn(1, 7, WIDTH, generator=generator)
+    with torch.inference_mode():
+        q, k = (layer(given).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+                for layer, given in ((attention.to_q, x), (attention.to_k, context)))
+        expected = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+        (found,) = attention_to(model.model, [2, 5], lambda: attention(x, context))
+    torch.testing.assert_close(found, expected[..., [2, 5]].sum(-1))
+
+
+def test_constancy_counts_how_far_the_word_is_from_its_target(method_of):
+    make, latents = method_of
+    batch, found = draw(latents, 1000, 2, 0, 0), []
+    for weight in (0.0, 2.0):
+        method = make(own_masks=False, constancy=weight)
+        method.target_input.data += torch.randn(WIDTH, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            found.append(method.loss(batch))
+        method.installed.close()
+    text, target = fill(AMONG_OTHERS[batch.lot % len(AMONG_OTHERS)], "<mine>"), method.target_input
+    with torch.no_grad():
+        s = encode(method.clip, text)[0][0, method._place(text)] @ target / (target @ target)
+    torch.testing.assert_close(found[1] - found[0], (2 * (1 - s) ** 2).expand(2), rtol=1e-3, atol=1e-3)
+
+
+def test_its_place_is_its_own_where_another_learned_word_stands_before_it(model, clip):
+    known = with_words(clip, [Word("<one>", "dog", {"clip_l": torch.ones(1, WIDTH)})])
+    with private_copies(model, known) as (unet, text):
+        lessons = Lessons(torch.randn(1, 1, 4, 8, 8), None, ("a <one> left of a <mine>",))
+        method = METHOD(unet, text, recipe(own_masks=False), lessons)
+        method.installed.close()
+        assert method._place("a <one> left of a <mine>") == 6
+        assert method._place("a <mine> left of a <one>") == 2
 
 
 def test_a_word_that_hardly_moved_is_met_by_its_own_prompts(method_of):
