@@ -112,7 +112,7 @@ def read_samples(folder: Path, views: int, side: int, shown_side: int, mirror: b
         for number in numbers:
             photos = list(islice(_readable(subjects[number], unreadable), views))
             if photos:
-                parts.append(_encoded(photos, views, side, mirror, floor, seed + number + 1, encode, show))
+                parts.append(_encoded(photos, views, side, mirror, floor, (seed + number + 1) % 2**64, encode, show))
         tensors = {name: torch.stack([part[name] for part in parts]) for name in parts[0]} if parts else {}
         return tensors, {"unreadable": str(len(unreadable))}
 
@@ -125,7 +125,7 @@ def read_samples(folder: Path, views: int, side: int, shown_side: int, mirror: b
 
 def _subjects(folder: Path) -> Iterator[list[Path]]:
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and (pictures := list(own_pictures(path))):
+        if path.is_dir() and not path.name.startswith(".") and (pictures := list(own_pictures(path))):
             yield pictures
     yield from ([path] for path in own_pictures(folder))
 

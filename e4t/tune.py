@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..host.clip_vision import Vision
+from ..host.copies import settle
 from ..host.objective import timestep_count
 from ..host.sockets import CLIP, ModelPatcher
 from ..host.text import encode, ready, rows
@@ -84,6 +85,7 @@ class TunedEdit(EditMethod):
                    vision: Vision | None) -> Start:
         shown = squares(photos, lessons.latents.shape[-1] * 8)
         seen = domain.encoder.seen(torch.stack([photo.picture for photo in shown]), vision)
+        settle(self.unet, clip.patcher)
         offsets = {layer: Offset(o.left.to(self.device), o.right.to(self.device))
                    for layer, o in domain.offsets.items()}
         predictor = Predictor(self.unet, clip, domain.word, copy.deepcopy(domain.encoder).to(self.device), offsets,

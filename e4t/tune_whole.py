@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..host.clip_vision import Vision
+from ..host.copies import settle
 from ..host.cross_attention import overridden
 from ..host.folders import unfinished_folder
 from ..host.objective import timestep_count
@@ -58,6 +59,7 @@ class TunedWhole(WordMethod):
         self.encoder = copy.deepcopy(domain.encoder).to(self.device).requires_grad_()
         shown = squares(photos, lessons.latents.shape[-1] * 8)
         self.seen = domain.encoder.seen(torch.stack([photo.picture for photo in shown]), vision).to(self.device)
+        settle(unet, clip.patcher)
         self.predictor = Predictor(unet, clip, domain.word, self.encoder, {}, domain.encoder.start * domain.scale,
                                    torch.zeros(0, 0))
         self.predictor.installed.close()

@@ -1,1 +1,1 @@
-"""The only files of the pack that touch ComfyUI's own modules; every other layer goes through these."""
+"""The only files of the pack, besides the sample model's, that touch ComfyUI's own modules."""

@@ -77,7 +77,7 @@ def fingerprint(*patchers: ModelPatcher) -> str:
 
 
 def settle(*patchers: ModelPatcher) -> None:
-    """Brings copies whole onto their devices, where sampling a preview may have pushed them out."""
+    """Brings copies whole onto their devices, where a preview or CLIP vision may have pushed them out."""
     comfy.model_management.load_models_gpu(list(patchers), memory_required=1e20, force_full_load=True)
 
 

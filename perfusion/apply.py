@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from einops import einsum
 from torch import Tensor, nn
 
 from ..textual_inversion.concept import Unchanging
@@ -13,7 +14,7 @@ from .edit import change, components, gate, gate_of_kin, similarity, withheld
 
 BIAS, TEMPERATURE = 0.8, 0.1
 KEYS, VALUES = 0, 1
-SIBLING = 0.05  # by so much may the token that is most like a concept be more like another one
+SIBLING = 0.05  # by this share may a concept's own token hold more of another concept
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,9 +119,8 @@ class Call:
         amounts = next((found for seen, found in self.known if seen is encodings), None)
         if amounts is None:
             s = similarity(encodings.float(), self.inputs, self.dual)
-            most = s.amax(1, keepdim=True)
-            self.seen.append(most.amax((0, 1)))
-            present = (most >= self.presence) & (self._own(s)[:, None] | self.everywhere)
+            self.seen.append(s.amax((0, 1)))
+            present = ((s >= self.presence) & (self._own(s) | self.everywhere)).any(1, keepdim=True)
             c = components(s, self.inputs, self.dual, present.expand_as(s))
             published, kin = gate(s, self.bias, self.temperature), gate_of_kin(s, self.bias, self.temperature)
             g = torch.where(self.everywhere, published, kin) * present
@@ -133,12 +133,13 @@ class Call:
             self.known.append((encodings, amounts))
         return amounts
 
-    @staticmethod
-    def _own(s: Tensor) -> Tensor:
-        """Whether the token most like a concept is its own (b j), not that of another of its class; s (b n j)."""
-        most = s.argmax(1)[..., None].expand(-1, -1, s.shape[-1])
-        there = s.gather(1, most)
-        return there.diagonal(dim1=1, dim2=2) >= there.amax(-1) - SIBLING
+    def _own(self, s: Tensor) -> Tensor:
+        """Whether a token may be a concept's own, not that of another concept of its class, from s to as much (b n j).
+
+        Told by <i, e> / |i|, which a concept's length does not change and which is greatest for e = i.
+        """
+        held = s * einsum(self.inputs, self.dual, "j d, j d -> j").sqrt()
+        return held >= (1 - SIBLING) * held.amax(-1, keepdim=True)
 
     def _through(self, forward: Callable, encodings: Tensor) -> tuple[Tensor, Tensor]:
         """W i* and W·(super-category) (j d_l), fp32, with all that LoRAs and quantisation make of W."""

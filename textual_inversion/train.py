@@ -189,7 +189,7 @@ class Watcher:
                                      self.view.cfg, self.view.steps, self.method.recipe.seed)
         finally:  # also when it is cancelled: what is learned is read out of the copies as they were
             settle(self.method.unet, self.method.clip.patcher)
-        self.samples.append((label, preview.to_pil(picture)))
+        self.samples.append((label, preview.small(picture)))
 
 
 def learn_word(

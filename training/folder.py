@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from math import gcd
 from pathlib import Path
@@ -26,7 +27,7 @@ def read_folder(folder: Path) -> list[Photo]:
     A photo's caption is the .txt of its name; its mask is name.mask.png, white on the subject, else its alpha channel.
     Raises ValueError that names the folder or file that cannot be used.
     """
-    read = cache(read_photo)
+    read = cache(lambda path: replace(read_photo(path), caption=_caption(path)))
     photos = [read(path) for path in pictures_in(folder)]
     if not photos:
         raise ValueError(f"There are no pictures in {folder.name} (of {', '.join(e[1:] for e in ENDINGS)}).")
@@ -34,9 +35,11 @@ def read_folder(folder: Path) -> list[Photo]:
 
 
 def fingerprint(folder: Path, endings: tuple[str, ...] = READ) -> str:
-    """A digest that changes when any file of these endings in the folder does, by default pictures, masks, captions."""
+    """A digest that changes when any file of these endings in the folder or a subfolder does, by default pictures,
+    masks, captions."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings):
+    folders = [folder, *(path for path in folder.iterdir() if path.is_dir())]
+    for path in sorted(path for own in folders for path in own.iterdir() if path.suffix.lower() in endings):
         status = path.stat()
         digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
@@ -65,28 +68,35 @@ def own_pictures(folder: Path) -> Iterator[Path]:
 
 
 def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in ENDINGS and not path.name.lower().endswith(MASK_ENDINGS)
+    hidden = path.name.startswith(".")  # such as macOS leaves beside pictures on other systems' disks
+    return path.suffix.lower() in ENDINGS and not path.name.lower().endswith(MASK_ENDINGS) and not hidden
 
 
 def read_photo(path: Path) -> Photo:
-    """A picture with the mask and the caption beside it. Raises ValueError that names the file it cannot use."""
+    """A picture with the mask beside it. Raises ValueError that names the file it cannot use."""
     picture, mask = _pixels(path)
-    beside = next((other for ending in MASK_ENDINGS if (other := path.with_name(path.stem + ending)).exists()), None)
+    beside = _beside(path, MASK_ENDINGS)
     if beside is not None:
         mask = _pixels(beside)[0].mean(-1)
         if mask.shape != picture.shape[:2]:
             raise ValueError(f"{beside.name} is {mask.shape[1]}×{mask.shape[0]} pixels, {path.name} "
                              f"{picture.shape[1]}×{picture.shape[0]}; they must be of one size.")
-    caption = path.with_suffix(".txt")
-    return Photo(picture, telling(mask), _text(caption) if caption.exists() else "")
+    return Photo(picture, telling(mask))
 
 
-def _text(path: Path) -> str:
-    """The text of a file, with or without the mark that some editors put in front of UTF-8."""
+def _beside(path: Path, endings: tuple[str, ...]) -> Path | None:
+    """The first file of the picture's name with one of these endings, which cameras also write in capitals."""
+    either = (spelled for ending in endings for spelled in (ending, ending.upper()))
+    return next((other for ending in either if (other := path.with_name(path.stem + ending)).exists()), None)
+
+
+def _caption(path: Path) -> str:
+    """The text beside a picture, with or without the mark that some editors put in front of UTF-8."""
+    file = _beside(path, (".txt",))
     try:
-        return path.read_text("utf-8-sig").strip()
+        return file.read_text("utf-8-sig").strip() if file else ""
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not text in UTF-8; save it again in that encoding.") from error
+        raise ValueError(f"{file.name} is not text in UTF-8; save it again in that encoding.") from error
 
 
 def _pixels(path: Path) -> tuple[Tensor, Tensor | None]:
@@ -94,8 +104,11 @@ def _pixels(path: Path) -> tuple[Tensor, Tensor | None]:
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
+            if image.mode == "F":
+                raise ValueError(f"{path.name} holds floating-point numbers; save it as PNG or JPEG.")
             if image.mode.startswith("I"):  # 16 bits of grey
-                image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).astype(np.uint8))
+                grey = np.asarray(image, dtype=np.float32).clip(0, 65535) / 257
+                image = Image.fromarray(grey.astype(np.uint8))
             transparent = "A" in image.getbands() or "transparency" in image.info
             pixels = np.asarray(image.convert("RGBA" if transparent else "RGB"), dtype=np.float32) / 255
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:

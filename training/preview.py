@@ -13,11 +13,19 @@ from torch import Tensor
 PAPER, PANEL, GRID = "#17181c", "#212329", "#34373f"
 INK, FAINT, RAW, LINE = "#f1f1ee", "#9a9ca3", "#3f5a70", "#5cc8ff"
 GAP = 16
+LARGEST = 384  # side of a sample as it is shown while it runs
 
 
 def to_pil(picture: Tensor) -> Image.Image:
     """A picture (h w 3) in 0..1."""
     return Image.fromarray((picture.cpu().clamp(0, 1).numpy() * 255).round().astype(np.uint8))
+
+
+def small(picture: Tensor) -> Image.Image:
+    """A picture (h w 3) in 0..1, no larger than it is ever shown."""
+    image = to_pil(picture)
+    image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    return image
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -32,7 +40,7 @@ def live(losses: Sequence[float], steps: int, sample: Image.Image | None, captio
     image.paste(curve(losses, steps, (400, 376)), (GAP, 56))
     draw.text((GAP, 20), f"step {len(losses)} of {steps}", INK, _font(22))
     if sample:
-        image.paste(_fit(sample, 384), (432, 56))
+        image.paste(_fit(sample, LARGEST), (432, 56))
         draw.text((432, 22), _short(draw, caption, _font(18), 384), FAINT, _font(18))
     return image
 
@@ -99,10 +107,10 @@ def moving_average(values: np.ndarray) -> np.ndarray:
 
 def cover(sample: Image.Image) -> str:
     """A thumbnail as base64 JPEG, at most 256 pixels a side."""
-    small = sample.copy()
-    small.thumbnail((256, 256), Image.Resampling.LANCZOS)
+    thumbnail = sample.copy()
+    thumbnail.thumbnail((256, 256), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=88)
+    thumbnail.save(buffer, "JPEG", quality=88)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -123,6 +131,7 @@ def _fit(picture: Image.Image, side: int) -> Image.Image:
 
 
 def _short(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont, width: int) -> str:
+    text = " ".join(text.split())
     while len(text) > 4 and draw.textlength(text, font) > width:
         text = text[:-2].rstrip("… ") + "…"
     return text

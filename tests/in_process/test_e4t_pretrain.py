@@ -299,8 +299,8 @@ def encode(pictures):
     return pictures.permute(0, 3, 1, 2)[:, :, ::8, ::8].repeat(1, 2, 1, 1)[:, :4]
 
 
-def read(folder, tmp_path, views=3):
-    return read_samples(folder, views, 64, 32, True, 0.1, 0, encode, "vae", tmp_path / "work")
+def read(folder, tmp_path, views=3, seed=0):
+    return read_samples(folder, views, 64, 32, True, 0.1, seed, encode, "vae", tmp_path / "work")
 
 
 def test_a_folder_of_things_and_of_folders_of_things(tmp_path):
@@ -331,6 +331,17 @@ def test_unreadable_pictures_are_left_out_and_counted(tmp_path):
     for _ in range(2):  # the second time from what was kept
         samples = read(folder, tmp_path)
         assert len(samples.latents) == 2 and samples.unreadable == 1
+
+
+def test_the_largest_seed_can_be_used(tmp_path):
+    assert len(read(folder_of(tmp_path, "a.png", "b.png"), tmp_path, seed=2**64 - 1).latents) == 2
+
+
+def test_captions_do_not_count_for_pretraining(tmp_path):
+    folder = folder_of(tmp_path, "a.png", "b.png")
+    (folder / "a.txt").write_text("un café", "latin-1")
+    samples = read(folder, tmp_path)
+    assert len(samples.latents) == 2 and samples.unreadable == 0
 
 
 @pytest.mark.parametrize("broken", [False, True])

@@ -7,6 +7,7 @@ import folder_paths
 import pytest
 import torch
 from concepts_pack.e4t import domain as domain_file
+from concepts_pack.e4t import method
 from concepts_pack.e4t.pretrain import Keeping, parser, pretrain
 from concepts_pack.e4t.pretrain import run as command
 from concepts_pack.e4t.samples import Samples, draw_pair, read_samples
@@ -171,6 +172,25 @@ def test_the_word_is_of_what_clip_vision_sees(model, clip, vae, clip_vision, pho
     blind = make_clip_vision()  # of the same first numbers, so the same fingerprint
     blind.model.vision_model.embeddings.patch_embedding.weight.data[1:] = 0
     assert not torch.equal(same, word(blind))
+
+
+@pytest.mark.parametrize("result", ["concept", "tuned model"])
+def test_the_unet_is_back_when_it_is_heard_though_clip_vision_took_its_room(
+        model, clip, vae, clip_vision, photos, domain, result, monkeypatch):
+    seen, hear, loaded = Vision.layers, method.unet_features, []
+
+    def pushes_out(self, pictures):
+        comfy.model_management.unload_all_models()
+        return seen(self, pictures)
+
+    def heard(unet, *args):
+        loaded.append(any(each.model.model is unet for each in comfy.model_management.current_loaded_models))
+        return hear(unet, *args)
+
+    monkeypatch.setattr(Vision, "layers", pushes_out)
+    monkeypatch.setattr(method, "unet_features", heard)
+    tuned(model, clip, vae, photos, domain, clip_vision=clip_vision, result=result)
+    assert loaded and all(loaded)
 
 
 @pytest.mark.parametrize(("other", "said"), [

@@ -69,6 +69,29 @@ def test_a_caption_in_another_encoding_is_told(folder, encoding):
         read_folder(folder)
 
 
+def test_names_in_capitals_and_hidden_files(folder):
+    RED.save(folder / "IMG_1.JPG")
+    Image.linear_gradient("L").resize((48, 40)).save(folder / "IMG_1.MASK.PNG")
+    (folder / "IMG_1.TXT").write_text("a {} outside", "utf-8")
+    (folder / "._IMG_1.JPG").write_bytes(b"of macOS")
+    assert only(folder).mask is not None and only(folder).caption == "a {} outside"
+
+
+def test_what_a_linked_subfolder_holds_counts(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    RED.save(elsewhere / "a.png")
+    (folder / "10_cat").symlink_to(elsewhere)
+    before = fingerprint(folder)
+    RED.save(elsewhere / "b.png")
+    assert len(read_folder(folder)) == 2 and fingerprint(folder) != before
+
+
+def test_a_picture_of_floating_point_numbers_is_told(folder):
+    Image.fromarray(np.full((40, 48), 0.5, np.float32)).save(folder / "x.tiff")
+    with pytest.raises(ValueError, match=r"x\.tiff holds floating-point numbers; save it as PNG"):
+        read_folder(folder)
+
+
 @pytest.mark.parametrize("shade", [0, 255])
 def test_a_mask_that_says_nothing_is_none(folder, shade):
     RED.save(folder / "x.png")

@@ -111,13 +111,14 @@ def values_under(model, edits, context):
         return [layer(context) for attention in attentions.values() for layer in (attention.to_k, attention.to_v)]
 
 
-def test_another_concept_of_the_class_acts_only_where_its_own_word_is(model, edit, precision, prompts):
-    """Its similarity to the word that the prompt has is 0.8, far above what makes a concept present."""
+@pytest.mark.parametrize("length", [0.7, 1.0, 1.3])
+def test_another_concept_of_the_class_acts_only_where_its_own_word_is(model, edit, precision, prompts, length):
+    """Its cosine to the word that the prompt has is 0.8, more than makes a concept present."""
     metric, i = precision.double(), edit.target_input.double()
     other = prompts[1][0, 4].double()
     other = other - (other @ metric @ i) / (i @ metric @ i) * i
     other = other * ((i @ metric @ i) / (other @ metric @ other)).sqrt()
-    sibling = edit_of(model, (0.8 * i + 0.6 * other).float(), seed=6, presence=0.5)
+    sibling = edit_of(model, length * (0.8 * i + 0.6 * other).float(), seed=6, presence=0.7 / length)
     one, two = (applied(each, precision, name) for each, name in ((edit, "<mine>"), (sibling, "<two>")))
     torch.testing.assert_close(values_under(model, [one, two], prompts[0]), values_under(model, [one], prompts[0]),
                                rtol=1e-4, atol=1e-4)

@@ -69,6 +69,12 @@ def test_previews_do_not_change_what_is_learned(model, clip, vae, photos):
     assert torch.equal(*(lesson.concept.words[0].vectors["clip_l"] for lesson in (often, never)))
 
 
+def test_a_preview_prompt_of_several_lines_is_drawn(model, clip, vae, photos):
+    views = [Preview(every=2, steps=1, prompt=prompt) for prompt in ("a photo of a {}\nin the snow\n", "a {}")]
+    sheets = [learn_word(model, clip, vae, gather([photos]), recipe(), view).sheet for view in views]
+    assert sheets[0].size == sheets[1].size
+
+
 def test_base_weights_keep_every_bit(model, clip, vae, photos):
     parts = [model.model, clip.cond_stage_model, vae.first_stage_model]
     before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
