@@ -69,9 +69,9 @@ def learners(base, kind: str, file: Path, seed: int) -> dict[str, tuple[Callable
         method = partial(TunedEdit, start, given, metric, encoder)
         return learn_word(*base, given, recipe, QUIET, method_of=method).concept
 
-    def whole(steps: int, given) -> Concept:
-        recipe = whole_recipe(known, "<mine>", steps, seed)
-        return learn_word(*base, given, recipe, QUIET, method_of=partial(TunedWhole, known, given)).concept
+    def whole(start: domain.Domain, steps: int, given) -> Concept:
+        recipe = whole_recipe(start, "<mine>", steps, seed)
+        return learn_word(*base, given, recipe, QUIET, method_of=partial(TunedWhole, start, given)).concept
 
     def inverted(steps: int, given) -> Concept:
         pace = train_textual_inversion.pace_of("quick", base[1], kind) | {"steps": steps}
@@ -83,11 +83,13 @@ def learners(base, kind: str, file: Path, seed: int) -> dict[str, tuple[Callable
         return learn_word(*base, given, recipe, QUIET, method_of=partial(EditMethod, metric, encoder)).concept
 
     with_encoder, without = partial(tuned, known), partial(tuned, blind)
+    seeing, unseeing = partial(whole, known), partial(whole, blind)
     kinds = (("E4T + Perfusion", with_encoder, TUNED, {}),
              ("E4T + Perfusion at bias 0.9", with_encoder, (5, 15), {"bias": 0.9}),
-             ("E4T, whole model", whole, WHOLE, {}),
-             ("E4T, whole model at 0.85", whole, (5,), {"strength": 0.85}),
-             ("E4T, whole model at 1.2", whole, WHOLE, {"strength": 1.2}),
+             ("E4T, whole model", seeing, WHOLE, {}),
+             ("E4T, whole model at 0.85", seeing, (5,), {"strength": 0.85}),
+             ("E4T, whole model at 1.2", seeing, WHOLE, {"strength": 1.2}),
+             ("E4T, whole model without the encoder", unseeing, WHOLE, {}),
              ("E4T + Perfusion without the encoder", without, BLIND, {}),
              (RIVAL, inverted, INVERTED, {}),
              (f"{RIVAL} at 1.5", inverted, INVERTED, {"strength": 1.5}),
@@ -130,7 +132,7 @@ def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float,
 
 def settings(label: str, file: Path, cfg: float, bias: float) -> str:
     """A name for all that a row hangs on besides instance and seed."""
-    uses = b"" if "without" in label or not label.startswith("E4T") else file.read_bytes()
+    uses = b"" if "Perfusion without" in label or not label.startswith("E4T") else file.read_bytes()
     paces = [train_textual_inversion.PRESETS["quick"], train_perfusion.PRESETS["quick"],
              tune.LEVELS, tune.SHARE, tune.WORD_RATE, tune.VALUE_RATE]
     return hashlib.sha256(f"{label} {paces} {cfg} {bias} {SCENES} {code()}".encode() + uses).hexdigest()[:12]
