@@ -6,7 +6,7 @@ class word on the same picture. ID and TXT of the scenes of `textual_inversion.p
 training, which do not hang on what else the machine does. What pretraining cost is in the domain's record.
 
 `e4t_car.json` is `--domain car --seeds 1 --file` with a domain pretrained for it. `e4t_teddy_40.json`, over more things
-and fewer seeds, is `--name e4t_teddy_40 --instances 40 --seeds 2 --only` with the labels in it.
+and fewer seeds, is `--name e4t_teddy_40 --instances 40 --seeds 1 --only` with the labels in it.
 """
 
 from __future__ import annotations
