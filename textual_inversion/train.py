@@ -214,7 +214,8 @@ def learn_word(
     with private_copies(model, clip, recompute) as (unet, text):
         lessons = _on(lessons, unet.load_device)
         method = method_of(unet, text, recipe, lessons)
-        states = keeping and _states(keeping, method, lessons, fingerprint(unet, text.patcher) + fingerprint_of(clip))
+        models = fingerprint(unet, text.patcher, vae.patcher) + fingerprint_of(clip)
+        states = keeping and _states(keeping, method, views, models)
         watcher = Watcher(method, vae, lessons.latents.shape[2:], view)
         watcher.sample(f"step 0: {recipe.init_text}")
         small = recompute and card_is_small(model, clip)
@@ -242,12 +243,16 @@ def _on(lessons: Lessons, device: torch.device) -> Lessons:
     return Lessons(lessons.latents.to(device).clone(), weights, lessons.captions)
 
 
-def _states(keeping: Keeping, method: WordMethod, lessons: Lessons, models: str) -> States:
-    """The states of exactly this training: same method, recipe, photos, masks, captions, weights and clip-skip."""
+def _states(keeping: Keeping, method: WordMethod, views: Sequence[Photo], models: str) -> States:
+    """The states of exactly this training: same method, recipe, photos, masks, captions, weights and clip-skip.
+
+    Of the photos themselves, as a card may encode them a little differently the next time.
+    """
     recipe, learner = json.dumps(asdict(method.recipe), sort_keys=True), f"{method.architecture} {method.started_from}"
-    digest = hashlib.sha256(f"{models} {learner} {recipe} {lessons.captions}".encode())
-    for tensor in (lessons.latents, lessons.weights):
-        digest.update(b"none" if tensor is None else tensor.cpu().numpy().tobytes())
+    digest = hashlib.sha256(f"{models} {learner} {recipe}".encode())
+    for view in views:
+        digest.update(repr(view.caption).encode() + view.picture.cpu().numpy().tobytes())
+        digest.update(b"none" if view.mask is None else view.mask.cpu().numpy().tobytes())
     name = method.recipe.placeholder.strip("<>")
     states = States(states_folder(), f"{name}-{digest.hexdigest()[:16]}", keeping.every, keeping.keep)
     if not keeping.resume:

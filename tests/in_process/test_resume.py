@@ -1,5 +1,6 @@
 """A training that was stopped in any way goes on as if it never had been."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -11,7 +12,10 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
+from concepts_pack.host.pictures import vae_encode
 from concepts_pack.host.progress import Cancelled
+from concepts_pack.textual_inversion import train
 from concepts_pack.textual_inversion.file import to_bytes
 from concepts_pack.textual_inversion.train import Keeping, Preview, Recipe, Watcher, learn_word
 from concepts_pack.training.dataset import gather
@@ -70,6 +74,33 @@ def test_other_settings_photos_or_weights_do_not_resume(model, clip, vae, photos
     lora.add_patches({key: (torch.ones(lora.model.get_parameter(key).shape),)})
     fresh = learn_word(lora, clip, vae, gather([photos]), recipe(), QUIET)
     assert learn_word(lora, clip, vae, gather([photos]), recipe(), QUIET, KEEPING).losses == fresh.losses
+
+
+def test_another_vae_mask_or_caption_does_not_resume(model, clip, vae, photos, states):
+    cancel_at(3)
+    learn_word(model, clip, vae, gather([photos]), recipe(), QUIET, KEEPING)
+    comfy.utils.set_progress_bar_global_hook(None)
+    kept, other = sorted(states.iterdir()), copy.copy(vae)
+    other.first_stage_model = copy.deepcopy(vae.first_stage_model)
+    other.patcher = ModelPatcher(other.first_stage_model, vae.patcher.load_device, vae.patcher.offload_device)
+    with torch.no_grad():
+        next(other.first_stage_model.parameters()).mul_(1.01)
+    masks = torch.zeros(len(photos), *photos.shape[1:3])
+    masks[:, 40:90, 40:90] = 1
+    for encoder, material in ((other, gather([photos])), (vae, gather([photos], [masks])),
+                              (vae, gather([photos], captions=["a cat on a table"] * len(photos)))):
+        learn_word(model, clip, encoder, material, recipe(), QUIET, KEEPING)
+        assert sorted(states.iterdir()) == kept
+
+
+def test_photos_that_are_encoded_a_little_differently_resume(model, clip, vae, photos, states, monkeypatch):
+    """As on cards, where sums may come out otherwise the next time."""
+    cancel_at(3)
+    learn_word(model, clip, vae, gather([photos]), recipe(), QUIET, KEEPING)
+    comfy.utils.set_progress_bar_global_hook(None)
+    monkeypatch.setattr(train, "vae_encode", lambda *args: vae_encode(*args) * (1 + 1e-6))
+    learn_word(model, clip, vae, gather([photos]), recipe(), QUIET, KEEPING)
+    assert not list(states.iterdir())
 
 
 def test_another_clip_skip_does_not_resume(model, clip, vae, photos, states):
