@@ -27,8 +27,9 @@ class Applied(Unchanging):
 
     A token that has only read of the concept gives nothing of it (`gate_of_kin`), and what the gate withholds of a
     concept stays what it is or becomes the super-category (`withheld`), so that a high bias draws that instead of
-    erasing it. `everywhere` is equation 3 to the letter instead: neither of these, and also in prompts without the
-    concept.
+    erasing it. Where a prompt has several concepts, a token gives no more of each than it holds of it, or two of one
+    class, of which a token holds much the same, would come out on top of each other. `everywhere` is equation 3 to the
+    letter instead: none of these, and also in prompts without the concept.
     """
 
     edit: Edit
@@ -123,6 +124,8 @@ class Call:
             present = ((s >= self.presence) & (self._own(s) | self.everywhere)).any(1, keepdim=True)
             c = components(s, self.inputs, self.dual, present.expand_as(s))
             published, kin = gate(s, self.bias, self.temperature), gate_of_kin(s, self.bias, self.temperature)
+            shared = present.sum(-1, keepdim=True) > 1
+            kin = torch.where(shared, torch.minimum(kin, c.clamp(min=0)), kin)
             g = torch.where(self.everywhere, published, kin) * present
             opened = gate_of_kin(torch.ones_like(self.bias), self.bias, self.temperature)
             untouched, given_back = withheld(c, g, opened)

@@ -65,13 +65,13 @@ def components(s: Tensor, target_inputs: Tensor, dual: Tensor, present: Tensor |
     here = torch.ones_like(s) if present is None else present.to(s)
     if s.shape[-1] == 1:
         return s * here
-    exact = torch.float64 if s.device.type in ("cpu", "cuda") else torch.float32  # many others have no double
-    target_inputs, dual, here = target_inputs.to(exact), dual.to(exact), here.to(exact)
+    where = s.device if s.device.type in ("cpu", "cuda") else "cpu"  # many others have no double, or no solve
+    similar, target_inputs, dual, here = (t.to(where).double() for t in (s, target_inputs, dual, here))
     gram = einsum(target_inputs, dual, "j d, k d -> k j")
     length = gram.diagonal().sqrt()
     others = (gram / length[:, None] / length).fill_diagonal_(0) * here[..., None] * here[..., None, :]
-    identity = torch.eye(len(length), dtype=exact, device=gram.device)
-    solved = torch.linalg.solve(others + (1 + RIDGE) * identity, s.to(exact) * length * here)
+    identity = torch.eye(len(length)).to(gram)
+    solved = torch.linalg.solve(others + (1 + RIDGE) * identity, similar * length * here)
     return (solved / length).to(s)
 
 

@@ -125,9 +125,26 @@ def test_another_concept_of_the_class_acts_only_where_its_own_word_is(model, edi
     both = prompts[0].clone()
     both[0, 7] = sibling.target_input
     assert not near(values_under(model, [one, two], both)[1][0, 7], values_under(model, [one], both)[1][0, 7])
-    again = replace(edit, target_input=edit.target_input * 1.02)  # the concept from another step of its training
-    assert not near(values_under(model, [one, applied(again, precision, "<again>")], prompts[0])[1],
-                    values_under(model, [one], prompts[0])[1])
+
+
+def test_two_concepts_of_a_class_share_what_a_token_holds_of_both(model, edit, precision, prompts):
+    """A concept beside itself, or beside another step of its training, is not there twice."""
+    one = applied(edit, precision, "<mine>", bias=0.6)
+    for other in (edit, replace(edit, target_input=edit.target_input * 1.02)):
+        both = [one, applied(other, precision, "<again>", bias=0.6)]
+        for alone, together in zip(values_under(model, [one], prompts[0]), values_under(model, both, prompts[0]),
+                                   strict=True):
+            assert (together[0, 2] - alone[0, 2]).norm() < 0.2 * alone[0, 2].norm()
+
+
+@pytest.mark.parametrize("bias", [0.2, 0.8])
+def test_a_concept_that_no_prompt_has_changes_nothing_of_another(model, edit, precision, prompts, bias):
+    """Nor on tokens that have read most of it, on which a low gate is wider open than that."""
+    context, other = prompts[0].clone(), edit_of(model, prompts[1][0, 4].clone(), seed=8)
+    context[0, 3] = torch.lerp(context[0, 3], edit.target_input, 0.8)
+    one, two = (applied(each, precision, name, bias=bias) for each, name in ((edit, "<mine>"), (other, "<two>")))
+    torch.testing.assert_close(values_under(model, [one, two], context), values_under(model, [one], context),
+                               rtol=1e-4, atol=1e-4)
 
 
 def test_each_concept_has_its_own_key_strength(model, edit, precision, prompts):
