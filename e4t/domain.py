@@ -34,7 +34,7 @@ FORMAT = 1
 ENDING = ".safetensors"
 LARGEST = 512 * 2**20  # bytes
 MOST = 2**16  # layers, levels, or numbers in a vector
-MOST_LEVELS, MOST_RANK = 64, 3
+MOST_LEVELS, MOST_RANK, MOST_SIDE = 64, 3, 4096
 LAYER = re.compile(r"\w+(\.\w+)*\.attn[12]\.to_[qkv]", re.ASCII)
 VALUE = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
@@ -155,7 +155,8 @@ def _shape(name: str, metadata: Mapping[str, str]) -> Shape:
     if (not isinstance(shape.stem, bool) or not shape.levels or not all(isinstance(p, dict) and p for p in parts)
             or not all(VALUE.fullmatch(key) for part in parts for key in part)
             or not all(type(size) is int and 0 < size < MOST for size in (*sizes, *_all_sizes(parts)))
-            or shape.stem and any(size % 8 for size in shape.levels) or len(shape.levels) > MOST_LEVELS):
+            or shape.stem and any(size % 8 for size in shape.levels) or len(shape.levels) > MOST_LEVELS
+            or shape.side > MOST_SIDE):
         raise ValueError(f"{name} is damaged: its e4t.shape is no shape of an encoder.")
     return shape
 

@@ -412,6 +412,10 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
     path = output / f"{name}.safetensors"
     if workers.first:
         path = save(domain, output, name, overwrite=True)
+        try:
+            (output / f"{name}-unfinished{ENDING}").unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("An unfinished domain is left over: %s", error)
         log.info("The domain is %s.", path)
     workers.close()
     return path

@@ -140,6 +140,7 @@ class _Weights:
         tensor = self.tensors[name]
         found = tuple(tensor.shape)
         fits = len(found) == len(shape) and all(m > 0 and n in (None, m) for n, m in zip(shape, found, strict=True))
+        fits = fits and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize  # not one number expanded
         if not fits or tensor.dtype not in FLOATS:
             wanted = tuple("any" if n is None else n for n in shape)
             raise ValueError(f"{self.file} is malformed: {name!r} has the shape {found} of {tensor.dtype}, "

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,8 +21,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .bases import native_side
+from .cross_attention import KEY
 from .text import UNUSED
 
+log = logging.getLogger("concepts")
 AMPLE = 25  # bytes for each weight at 512 pixels: 20 GB on SD1.x, room for a batch of 4 with all activations kept
 
 MOST = 0.6  # of a card for weights: what is left is for activations, previews and the system
@@ -109,6 +112,11 @@ def _private(patcher: ModelPatcher, socket: str, recompute: bool = False) -> tup
         fresh = ModelPatcher(_twin(patcher.model), patcher.load_device, patcher.offload_device)
     private = patcher.clone(disable_dynamic=True, model_override=fresh.get_clone_model_override())
     private.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)  # it would sample with the original's UNet
+    if edits := private.model_options["transformer_options"].pop(KEY, ()):
+        log.warning("%s on this MODEL does not act while training; connect the MODEL from in front of Apply Concept.",
+                    ", ".join(edit.placeholder for edit in edits))
+    if private.injections:
+        log.warning("What was put on this MODEL by bypass does not act while training; use Load LoRA, not its bypass.")
     _prepare(private, recompute)
     return private, fresh
 

@@ -60,8 +60,8 @@ class ConceptsTrainPerfusion(io.ComfyNode):
                 chosen_seed(),
                 *how_to_look(),
                 io.Boolean.Input("own_masks", default=True, advanced=True, tooltip=(
-                    "Without masks, find the thing by where the model looks for the init text, so that backgrounds "
-                    "are not learned."
+                    "In photos without a mask, find the thing by where the model looks for the init text, so that "
+                    "backgrounds are not learned."
                 )),
                 io.Float.Input("training_bias", default=0.65, min=0.0, max=1.5, step=0.01, advanced=True, tooltip=(
                     "How much like the concept a word must be for the edit to act on it while learning, a quarter up "
@@ -84,12 +84,13 @@ class ConceptsTrainPerfusion(io.ComfyNode):
                 )),
             ],
             outputs=outputs(),
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **inputs) -> str:
         """A training that was cancelled is not taken from the cache when it is queued again."""
-        return stops(inputs)
+        return stops(cls, inputs)
 
     @classmethod
     def execute(cls, **inputs) -> io.NodeOutput:
@@ -99,7 +100,7 @@ class ConceptsTrainPerfusion(io.ComfyNode):
             method = partial(EditMethod, metric, encoder_fingerprint(one["clip"]))
             return recipe, learn_word(one["model"], one["clip"], one["vae"], photos, recipe, *how, method)
 
-        return run(inputs, learn)
+        return run(cls, inputs, learn)
 
 
 def pace_of(name: str, clip, init_text: str) -> dict:

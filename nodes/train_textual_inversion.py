@@ -59,12 +59,13 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
                 *how_to_run(),
             ],
             outputs=outputs(),
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **inputs) -> str:
         """A training that was cancelled is not taken from the cache when it is queued again."""
-        return stops(inputs)
+        return stops(cls, inputs)
 
     @classmethod
     def execute(cls, **inputs) -> io.NodeOutput:
@@ -72,7 +73,7 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
             recipe = read_recipe(one, chosen_pace(inputs["preset"], one, pace_of))
             return recipe, learn_word(one["model"], one["clip"], one["vae"], photos, recipe, *how)
 
-        return run(inputs, learn)
+        return run(cls, inputs, learn)
 
 
 def pace_of(name: str, clip, init_text: str) -> dict:

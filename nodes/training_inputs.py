@@ -21,7 +21,7 @@ from .sockets import Concept
 
 OWN = "own settings"
 LONGEST_PLACEHOLDER = 64  # it also names files
-_stopped: list[dict[str, str | int | float]] = []
+_stopped: list[tuple[str | None, dict[str, str | int | float]]] = []
 
 
 SEVERAL = "Three to ten photos of the thing, in different places and from different sides"
@@ -251,8 +251,8 @@ def common_recipe(one: dict, pace: dict) -> dict[str, Any]:
 Learn = Callable[[dict, list[Photo], Preview, Keeping, bool], tuple[Recipe, Lesson]]
 
 
-def run(inputs: dict, learn: Learn) -> io.NodeOutput:
-    """Reads the inputs, lets `learn` train on them, and gives the outputs."""
+def run(node: type[io.ComfyNode], inputs: dict, learn: Learn) -> io.NodeOutput:
+    """Reads the inputs of `node`, lets `learn` train on them, and gives the outputs."""
     photos = gather(inputs["images"], *([item for item in inputs.get(name) or () if item is not None]
                                         for name in ("masks", "captions")))
     one = {name: values[0] for name, values in inputs.items() if isinstance(values, list) and values}
@@ -263,15 +263,21 @@ def run(inputs: dict, learn: Learn) -> io.NodeOutput:
     with warned() as sentences:
         recipe, lesson = learn(one, photos, view, keeping, recompute)
     if len(lesson.losses) < recipe.steps:
-        _stopped.append(_widgets(inputs))
+        _stopped.append((_place(node), _widgets(inputs)))
     return io.NodeOutput(lesson.concept, {"loss": lesson.losses}, to_tensor(lesson.sheet),
                          ui=shown("\n".join(sentences)) if sentences else None)
 
 
-def stops(inputs: dict) -> str:
-    """Changes whenever a training with these widgets was cancelled, so that it is not taken from the cache then."""
+def stops(node: type[io.ComfyNode], inputs: dict) -> str:
+    """Changes whenever this node's training with these widgets was cancelled, so that it is not taken from the cache
+    then."""
     known = _widgets(inputs).items()
-    return str(sum(known <= stopped.items() for stopped in _stopped))
+    return str(sum(place == _place(node) and known <= stopped.items() for place, stopped in _stopped))
+
+
+def _place(node: type[io.ComfyNode]) -> str | None:
+    """The id of the node in its graph."""
+    return getattr(node.hidden, "unique_id", None)
 
 
 def _widgets(inputs: dict) -> dict[str, str | int | float]:

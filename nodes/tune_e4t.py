@@ -56,12 +56,13 @@ class ConceptsTuneE4T(io.ComfyNode):
                 )),
             ],
             outputs=outputs(),
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **inputs) -> str:
         """A tuning that was cancelled is not taken from the cache when it is queued again."""
-        return stops(inputs)
+        return stops(cls, inputs)
 
     @classmethod
     def execute(cls, **inputs) -> io.NodeOutput:
@@ -78,7 +79,7 @@ class ConceptsTuneE4T(io.ComfyNode):
                                  vision=vision)
             return recipe, learn_word(one["model"], one["clip"], one["vae"], photos, recipe, *how, method)
 
-        return run(inputs, learn)
+        return run(cls, inputs, learn)
 
 
 def checked(domain: DomainValue, model, clip) -> DomainValue:

@@ -80,6 +80,10 @@ class EditMethod(WordMethod):
         self.keys = {name: key.requires_grad_() for name, key in keys.items()}
         if recipe.own_masks and self.weights is None:
             self.weights = self._own_masks(clip, lessons.latents)
+        elif recipe.own_masks and lessons.unmasked:
+            photos = list(lessons.unmasked)
+            self.weights = self.weights.clone()
+            self.weights[photos] = self._own_masks(clip, lessons.latents[photos])
         self.met: list[Tensor] = []
         self._install()
 

@@ -27,6 +27,8 @@ SINGLE = "emb_params"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LONGEST_NAME = 200  # bytes, of the 255 that disks take
 LONGEST = 75  # vectors that fit one section of a prompt
+WIDEST = 2**16  # numbers in a vector; text encoders have thousands
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 NAME = re.compile(r"[^\s\x00-\x1f,:<>\[\]()\"|?*\\/]+(/[^\s\x00-\x1f,:<>\[\]()\"|?*\\/]+)*")
 NOT_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
 
@@ -171,10 +173,10 @@ def _checked(file: str, name: str, vectors: Tensor) -> Tensor:
     if not isinstance(vectors, Tensor):
         raise ValueError(f"{file} is not an embedding: it holds a {type(vectors).__name__}.")
     vectors = vectors[None] if vectors.ndim == 1 else vectors
-    if vectors.ndim != 2 or not 1 <= len(vectors) <= LONGEST or vectors.shape[1] == 0:
+    if vectors.ndim != 2 or not 1 <= len(vectors) <= LONGEST or not 1 <= vectors.shape[1] <= WIDEST:
         raise ValueError(f"{file} is not an embedding: {name!r} has the shape {tuple(vectors.shape)}.")
-    if not vectors.is_floating_point():
-        raise ValueError(f"{file} is not an embedding: {name!r} holds whole numbers.")
+    if vectors.dtype not in FLOATS:
+        raise ValueError(f"{file} is not an embedding: {name!r} holds numbers of the kind {vectors.dtype}.")
     with torch.inference_mode(False):
         vectors = vectors.to(torch.float32).clone()  # of its own: the file may be replaced, the word trained with
     if not bool(vectors.isfinite().all()):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,12 +216,13 @@ def learn_word(
         method = method_of(unet, text, recipe, lessons)
         models = fingerprint(unet, text.patcher, vae.patcher) + fingerprint_of(clip)
         states = keeping and _states(keeping, method, views, models)
+        shown = views[::len(views) // len(photos)]
+        del views  # crops and twins, which only the encoding and the name of the states take
         watcher = Watcher(method, vae, lessons.latents.shape[2:], view)
         watcher.sample(f"step 0: {recipe.init_text}")
         small = recompute and card_is_small(model, clip)
         plan = Plan(recipe.steps, recipe.batch_size, recipe.seed, timestep_count(unet.model), recipe.accumulation,
                     recipe.optimiser, recipe.schedule, recipe.warmup, at_once=1 if small else 0)
-        shown = views[::len(views) // len(photos)]
         try:
             losses = train(method, lessons.latents, plan, watcher, states)
         except Diverged as error:
@@ -240,7 +241,7 @@ def learn_word(
 def _on(lessons: Lessons, device: torch.device) -> Lessons:
     """Ordinary tensors on the training device, whatever mode they were made in."""
     weights = None if lessons.weights is None else lessons.weights.to(device).clone()
-    return Lessons(lessons.latents.to(device).clone(), weights, lessons.captions)
+    return replace(lessons, latents=lessons.latents.to(device).clone(), weights=weights)
 
 
 def _states(keeping: Keeping, method: WordMethod, views: Sequence[Photo], models: str) -> States:

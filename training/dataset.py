@@ -25,11 +25,12 @@ class Photo:
 @dataclass(frozen=True)
 class Lessons:
     """What a method trains on: latents (n v c h w) of n photos in v views, the loss weight of each place
-    (n v 1 h w) if masks are known, and the caption of each photo."""
+    (n v 1 h w) if masks are known, the caption of each photo, and which have no mask beside others that have one."""
 
     latents: Tensor
     weights: Tensor | None
     captions: tuple[str, ...]
+    unmasked: tuple[int, ...] = ()
 
 
 def gather(images: Sequence[Tensor], masks: Sequence[Tensor] = (), captions: Sequence[str] = ()) -> list[Photo]:
@@ -88,8 +89,9 @@ def cache(encode: Callable[[Tensor], Tensor], views: Sequence[Photo], photos: in
         masks = torch.stack([torch.ones(view.picture.shape[:2]) if view.mask is None else view.mask for view in views])
         weights = floor + (1 - floor) * adaptive_avg_pool2d(masks[:, None].to(latents), latents.shape[-2:])
         weights = weights.unflatten(0, (photos, -1))
-    each = len(views) // photos
-    return Lessons(latents.unflatten(0, (photos, -1)), weights, tuple(view.caption for view in views[::each]))
+    firsts = views[::len(views) // photos]
+    unmasked = () if weights is None else tuple(n for n, view in enumerate(firsts) if view.mask is None)
+    return Lessons(latents.unflatten(0, (photos, -1)), weights, tuple(view.caption for view in firsts), unmasked)
 
 
 def weighted_mean(error: Tensor, weights: Tensor | None) -> Tensor:
@@ -108,6 +110,8 @@ def _photo(number: int, picture: Tensor, mask: Tensor | None, caption: str) -> P
         raise ValueError(f"Image {number} is {width}×{height} pixels; at least {SMALLEST} a side are needed.")
     if not bool(picture.isfinite().all()):
         raise ValueError(f"Image {number} holds values that are not numbers.")
+    if mask is not None and not bool(mask.isfinite().all()):
+        raise ValueError(f"Mask {number} holds values that are not numbers.")
     mask = telling(mask)
     if mask is None and channels == 4:
         mask = telling(picture[..., 3])

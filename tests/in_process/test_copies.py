@@ -2,11 +2,13 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import comfy.model_management
 import pytest
 import torch
 from concepts_pack.host.copies import fingerprint, private_copies
+from concepts_pack.host.cross_attention import KEY, edits_on
 from concepts_pack.host.objective import denoising_error
 from concepts_pack.host.text import encode
 
@@ -134,3 +136,16 @@ def test_a_fingerprint_tells_loras_and_checkpoints_apart(model, velocity_model, 
         with private_copies(patcher, clip) as (unet, text):
             found.append(fingerprint(unet, text.patcher))
     assert found[0] == found[1] != found[2]
+
+
+def test_what_does_not_act_while_training_is_said(model, clip, caplog):
+    edited, bypassed = model.clone(), model.clone()
+    edited.model_options["transformer_options"][KEY] = [SimpleNamespace(placeholder="<one>")]
+    bypassed.set_injections("bypass_lora", [])
+    for unheard, sentence in ((edited, "<one> on this MODEL does not act while training"),
+                              (bypassed, "by bypass does not act while training")):
+        caplog.clear()
+        with private_copies(unheard, clip) as (unet, _):
+            assert not edits_on(unet)
+        assert caplog.text.count(sentence) == 1
+    assert edits_on(edited)

@@ -1,6 +1,7 @@
 """Domain files: what is saved is what is loaded, and damage is one sentence."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import safetensors.torch
@@ -76,6 +77,11 @@ def test_shapes_that_would_take_all_memory_are_refused_first():
                         "width": 60000})
     with pytest.raises(ValueError, match="damaged"):
         from_bytes(changed(e4t__shape=shape), "bad.safetensors")
+
+
+def test_a_side_that_pictures_could_not_be_resized_to_is_refused():
+    with pytest.raises(ValueError, match="no shape of an encoder"):
+        from_bytes(changed(e4t__shape=json.dumps(asdict(SHAPE) | {"side": 65535})), "bad.safetensors")
 
 
 def test_other_files_are_one_sentence(tmp_path):

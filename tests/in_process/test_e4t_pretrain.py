@@ -284,6 +284,15 @@ def folder_of(tmp_path, *names, masks=()):
     return tmp_path / "pictures"
 
 
+def test_an_unfinished_domain_goes_once_it_is_finished(model, clip, calm_vae, tmp_path):
+    settings = {"folder": folder_of(tmp_path, "a.png", "b.png"), "checkpoint": "toy", "word": "cat", "steps": 2,
+                "batch-size": 2, "resolution": 64, "side": 32, "keep-minutes": 0, "output": tmp_path / "made",
+                "work": tmp_path / "work"}
+    args = parser().parse_args([part for name, value in settings.items() for part in (f"--{name}", str(value))])
+    path = run(args, (model, clip, calm_vae))
+    assert list((tmp_path / "made").iterdir()) == [path]
+
+
 def test_a_disk_that_refuses_the_unfinished_domain_stops_nothing(model, clip, calm_vae, tmp_path, caplog):
     (tmp_path / "made" / "cat-unfinished.safetensors").mkdir(parents=True)
     settings = {"folder": folder_of(tmp_path, "a.png", "b.png"), "checkpoint": "toy", "word": "cat", "steps": 3,

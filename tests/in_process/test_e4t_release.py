@@ -291,6 +291,7 @@ def test_not_a_folder(tmp_path):
     ("final_linear.weight", torch.ones(0, WIDTH)), ("first_linears.1.weight", torch.ones(WIDTH, WIDTH).long()),
     ("first_linears.3.weight", None), ("first_linears.3.bias", None), ("unet_feature_embedder.0.weight", "text"),
     ("first_linears.1.weight", torch.ones(WIDTH, WIDTH).to_sparse()),
+    ("first_linears.1.weight", torch.ones(1).expand(WIDTH, WIDTH)),
 ])
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_malformed_encoder(tmp_path, name, value):

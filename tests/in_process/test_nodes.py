@@ -119,6 +119,23 @@ def test_a_file_written_anew_is_read_anew(training, folders):
     assert before != load.fingerprint_inputs("mine.safetensors", "")
 
 
+def test_only_the_node_that_was_cancelled_runs_again(training):
+    """Two of the same widgets, which are all that the host tells of a node before it runs."""
+    node = NODES["ConceptsTrainTextualInversion"]
+    first, second = (node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: place}}) for place in "12")
+    before = first.fingerprint_inputs(**training), second.fingerprint_inputs(**training)
+    comfy.utils.set_progress_bar_global_hook(
+        lambda value, *_, **__: comfy.model_management.interrupt_current_processing(value == 1))
+    inputs = training | {"preset": own(steps=5)}
+    try:
+        second.execute(**inputs)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+        comfy.model_management.interrupt_current_processing(False)
+    assert first.fingerprint_inputs(**inputs) == before[0]
+    assert second.fingerprint_inputs(**inputs) != before[1]
+
+
 def test_words_travel_in_a_lora(training, folders, tmp_path, monkeypatch):
     loras = tmp_path / "loras"
     loras.mkdir()
@@ -210,6 +227,7 @@ def test_only_a_cancelled_training_is_trained_again(training):
     ("images", torch.full((1, 64, 64, 3), float("nan")), "Image 1 holds values that are not numbers"),
     ("masks", torch.ones(2, 64, 64), "2 masks for 3 images; give one for each, or none"),
     ("masks", torch.eye(64)[:32].expand(3, -1, -1), "Mask 1 is 64×32 pixels, image 1 64×64; they must be of one size"),
+    ("masks", torch.full((3, 64, 64), float("nan")), "Mask 1 holds values that are not numbers"),
     ("captions", "a cat", "1 captions for 3 images"),
 ])
 def test_what_cannot_be_trained_is_said_in_one_sentence(training, widget, value, complaint):

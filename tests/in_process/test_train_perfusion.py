@@ -215,6 +215,22 @@ def test_own_masks_are_weights_in_range(method_of):
     assert torch.allclose(weights.amax((2, 3, 4)), torch.ones(2, 1)) and float(weights.min()) >= 0.2 - 1e-6
 
 
+def test_a_photo_without_a_mask_beside_masked_ones_gets_one_of_its_own(model, clip, vae, photos):
+    mask = torch.zeros(photos.shape[1:3])
+    mask[10:30, 10:30] = 1
+    given = gather([photos[:2]], [mask[None], torch.ones(1, *mask.shape)])
+    settings, found = recipe(own_masks=True, mask_floor=0.2), []
+
+    def method_of(unet, text, recipe, lessons):
+        found.append((METHOD(unet, text, recipe, lessons), lessons))
+        return found[0][0]
+
+    learn_word(model, clip, vae, given, settings, QUIET, method_of=method_of)
+    (method, lessons), = found
+    assert lessons.unmasked == (1,) and torch.equal(method.weights[0], lessons.weights[0])
+    assert bool((lessons.weights[1] == 1).all()) and method.weights[1].min() == pytest.approx(0.2)
+
+
 def test_own_masks_of_many_pictures_are_made_a_few_at_a_time(method_of, monkeypatch):
     """And are what they would be in one go, whatever memory that takes."""
     make, _ = method_of
