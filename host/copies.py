@@ -116,7 +116,8 @@ def _private(patcher: ModelPatcher, socket: str, recompute: bool = False) -> tup
         log.warning("%s on this MODEL does not act while training; connect the MODEL from in front of Apply Concept.",
                     ", ".join(edit.placeholder for edit in edits))
     if private.injections:
-        log.warning("What was put on this MODEL by bypass does not act while training; use Load LoRA, not its bypass.")
+        log.warning("What was put on this %s by bypass does not act while training; use Load LoRA, not its bypass.",
+                    socket)
     _prepare(private, recompute)
     return private, fresh
 

@@ -143,7 +143,7 @@ def test_what_does_not_act_while_training_is_said(model, clip, caplog):
     edited.model_options["transformer_options"][KEY] = [SimpleNamespace(placeholder="<one>")]
     bypassed.set_injections("bypass_lora", [])
     for unheard, sentence in ((edited, "<one> on this MODEL does not act while training"),
-                              (bypassed, "by bypass does not act while training")):
+                              (bypassed, "put on this MODEL by bypass does not act while training")):
         caplog.clear()
         with private_copies(unheard, clip) as (unet, _):
             assert not edits_on(unet)
