@@ -143,7 +143,7 @@ def _encoded(photos: list[Photo], views: int, side: int, mirror: bool, floor: fl
              encode: Callable[[Tensor], Tensor], show: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """One subject's views."""
     crops = ceil(views / (len(photos) * (1 + mirror))) - 1
-    cut = squares(photos, side, crops, mirror, seed)
+    cut = list(squares(photos, side, crops, mirror, seed))
     each = len(cut) // len(photos)
     chosen = [cut[photo * each + view] for view in range(each) for photo in range(len(photos))][:views]
     pictures = torch.stack([view.picture for view in chosen])

@@ -211,13 +211,12 @@ def learn_word(
     views = squares(photos, side, recipe.crops, recipe.mirror, recipe.seed)
     lessons = cache(lambda pictures: model.model.process_latent_in(vae_encode(vae, pictures)), views, len(photos),
                     recipe.mask_floor)
+    shown = list(squares(photos, side))
     with private_copies(model, clip, recompute) as (unet, text):
         lessons = _on(lessons, unet.load_device)
         method = method_of(unet, text, recipe, lessons)
         models = fingerprint(unet, text.patcher, vae.patcher) + fingerprint_of(clip)
-        states = keeping and _states(keeping, method, views, models)
-        shown = views[::len(views) // len(photos)]
-        del views  # crops and twins, which only the encoding and the name of the states take
+        states = keeping and _states(keeping, method, photos, models)
         watcher = Watcher(method, vae, lessons.latents.shape[2:], view)
         watcher.sample(f"step 0: {recipe.init_text}")
         small = recompute and card_is_small(model, clip)
@@ -244,16 +243,17 @@ def _on(lessons: Lessons, device: torch.device) -> Lessons:
     return replace(lessons, latents=lessons.latents.to(device).clone(), weights=weights)
 
 
-def _states(keeping: Keeping, method: WordMethod, views: Sequence[Photo], models: str) -> States:
+def _states(keeping: Keeping, method: WordMethod, photos: Sequence[Photo], models: str) -> States:
     """The states of exactly this training: same method, recipe, photos, masks, captions, weights and clip-skip.
 
     Of the photos themselves, as a card may encode them a little differently the next time.
     """
     recipe, learner = json.dumps(asdict(method.recipe), sort_keys=True), f"{method.architecture} {method.started_from}"
     digest = hashlib.sha256(f"{models} {learner} {recipe}".encode())
-    for view in views:
-        digest.update(repr(view.caption).encode() + view.picture.cpu().numpy().tobytes())
-        digest.update(b"none" if view.mask is None else view.mask.cpu().numpy().tobytes())
+    for photo in photos:
+        digest.update(f"{photo.caption!r} {tuple(photo.picture.shape)}".encode())
+        for part in (photo.picture, photo.mask):
+            digest.update(b"none" if part is None else part.float().contiguous().cpu().numpy())
     name = method.recipe.placeholder.strip("<>")
     states = States(states_folder(), f"{name}-{digest.hexdigest()[:16]}", keeping.every, keeping.keep)
     if not keeping.resume:

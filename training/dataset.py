@@ -1,6 +1,6 @@
 """Photos of any size to latents of one size, computed once before the first step."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -64,34 +64,39 @@ def working_side(photos: Sequence[Photo], asked: int, largest: int) -> int:
     return max(STRIDE, side // STRIDE * STRIDE)
 
 
-def squares(photos: Sequence[Photo], side: int, crops: int = 0, mirror: bool = False, seed: int = 0) -> list[Photo]:
+def squares(photos: Sequence[Photo], side: int, crops: int = 0, mirror: bool = False, seed: int = 0) -> Iterator[Photo]:
     """Every view of every photo as a square of the working size, those of a photo side by side.
 
     The first view is the largest square, in the middle or around the mask; `crops` random smaller ones follow, which
     hold the mask's centre, then with `mirror` the mirrored twins of all of them.
     """
     generator = torch.Generator().manual_seed(seed)
-    views = []
     for photo in photos:
         own = [_cut(photo, *box, side) for box in _boxes(photo, crops, generator)]
-        views += own + ([_mirrored(view) for view in own] if mirror else [])
-    return views
+        yield from own
+        if mirror:
+            yield from map(_mirrored, own)
 
 
-def cache(encode: Callable[[Tensor], Tensor], views: Sequence[Photo], photos: int, floor: float) -> Lessons:
+def cache(encode: Callable[[Tensor], Tensor], views: Iterable[Photo], photos: int, floor: float) -> Lessons:
     """Squares of `photos` photos, as `squares` gives them, each through `encode` (1 h w 3) -> (1 c h w).
 
-    Outside its mask a photo counts with the weight `floor`.
+    Outside its mask a photo counts with the weight `floor`. No view is held once it is encoded.
     """
-    latents = torch.cat([encode(view.picture[None]) for view in views])
-    weights = None
-    if any(view.mask is not None for view in views):
-        masks = torch.stack([torch.ones(view.picture.shape[:2]) if view.mask is None else view.mask for view in views])
-        weights = floor + (1 - floor) * adaptive_avg_pool2d(masks[:, None].to(latents), latents.shape[-2:])
-        weights = weights.unflatten(0, (photos, -1))
-    firsts = views[::len(views) // photos]
-    unmasked = () if weights is None else tuple(n for n, view in enumerate(firsts) if view.mask is None)
-    return Lessons(latents.unflatten(0, (photos, -1)), weights, tuple(view.caption for view in firsts), unmasked)
+    latents, weights, captions, masked = [], [], [], []
+    for view in views:
+        latents.append(encode(view.picture[None]))
+        mask = torch.ones(view.picture.shape[:2]) if view.mask is None else view.mask
+        inside = adaptive_avg_pool2d(mask[None, None].to(latents[-1]), latents[-1].shape[-2:])
+        weights.append(floor + (1 - floor) * inside)
+        captions.append(view.caption)
+        masked.append(view.mask is not None)
+    each = len(latents) // photos
+    found = torch.cat(latents).unflatten(0, (photos, -1))
+    if not any(masked):
+        return Lessons(found, None, tuple(captions[::each]))
+    unmasked = tuple(number for number, known in enumerate(masked[::each]) if not known)
+    return Lessons(found, torch.cat(weights).unflatten(0, (photos, -1)), tuple(captions[::each]), unmasked)
 
 
 def weighted_mean(error: Tensor, weights: Tensor | None) -> Tensor:

@@ -1,5 +1,7 @@
 """Photos of any kind become squares of one size, with masks and captions that stay with them."""
 
+import weakref
+
 import pytest
 import torch
 from concepts_pack.textual_inversion.templates import sentence_of
@@ -70,13 +72,13 @@ def test_an_opaque_picture_has_no_mask():
 def test_crops_hold_the_masked_thing():
     wide, mask = torch.rand(1, 64, 400, 3), torch.zeros(1, 64, 400)
     mask[:, 20:40, 300:320] = 1
-    views = squares(gather([wide], [mask]), 64, crops=16)
+    views = list(squares(gather([wide], [mask]), 64, crops=16))
     assert len(views) == 17 and all(view.mask.sum() > 100 for view in views)
 
 
 def test_views_stay_beside_their_photo():
     photos = gather([torch.rand(3, 64, 64, 3)], [torch.rand(3, 64, 64)], ["one", "", "three"])
-    views = squares(photos, 64, crops=2, mirror=True, seed=1)
+    views = list(squares(photos, 64, crops=2, mirror=True, seed=1))
     assert len(views) == 3 * 2 * 3
     first, crop, _, twin = views[6:10]
     assert torch.allclose(first.picture, photos[1].picture, atol=1e-5)
@@ -87,6 +89,20 @@ def test_views_stay_beside_their_photo():
     assert lessons.captions == ("one", "", "three")
     mean = views[7].mask[8:16, 16:24].mean()
     assert lessons.weights[1, 1, 0, 1, 2].item() == pytest.approx(0.25 + 0.75 * mean.item(), rel=1e-4)
+
+
+def test_views_are_let_go_once_they_are_encoded():
+    held, counts = weakref.WeakSet(), []
+
+    def watched(views):
+        for view in views:
+            held.add(view.picture)
+            counts.append(len(held))
+            yield view
+
+    views = squares(gather([torch.rand(9, 64, 64, 3)]), 64, crops=2)
+    cache(lambda picture: picture.mean((1, 2), keepdim=True), watched(views), 9, 0.1)
+    assert len(counts) == 27 and max(counts) <= 6
 
 
 def test_crops_depend_on_the_seed_alone():
