@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -23,14 +24,15 @@ _known: WeakKeyDictionary[torch.nn.Module, Mapping[str, CrossAttention]] = WeakK
 
 
 class Applied(Protocol):
-    """One concept on a model: how strongly and when it acts, in shares of the sampling, what prompts call it, and how
-    much of it a prompt must hold."""
+    """One concept on a model: how strongly and when it acts, in shares of the sampling, what prompts call it, how much
+    of it a prompt must hold, and whether it acts in this call."""
 
     strength: float
     start: float
     end: float
     placeholder: str
     presence: float
+    acting: bool
 
 
 Overrides = Callable[[Mapping[str, CrossAttention], Sequence[Any]], tuple[Mapping[torch.nn.Module, Callable], Callable]]
@@ -85,7 +87,8 @@ def with_edits(model: ModelPatcher, edits: Iterable[Applied], overrides: Overrid
 
     That returns what `overridden` takes, and a function that tells how much of each edit's concept the prompts of the
     call held (a tensor). Edits that several nodes and hooks give to one model meet in one list, so that they can be
-    seen together; of one concept the first that acts counts, and those of hooks come first.
+    seen together, also those that do not act in this call (`acting`); of one concept the first that acts counts, and
+    those of hooks come first.
     """
     patched = model.clone()
     options = patched.model_options["transformer_options"]
@@ -102,15 +105,14 @@ def edits_on(model: ModelPatcher) -> Sequence[Any]:
 
 
 class EditsHook(TransformerOptionsHook):
-    """Edits whose strength the keyframes of the hook multiply; at 0 the prompt is as if it had no hook.
+    """Edits whose strength the keyframes of the hook multiply; at 0 they do not act.
 
     The host's own class pays no heed to keyframes (`comfy/hooks.py:263`).
     """
 
     def on_apply_hooks(self, model: ModelPatcher, transformer_options: dict[str, Any]) -> None:
-        if self.strength == 0:
-            return
-        edits = [replace(edit, strength=edit.strength * self.strength) for edit in self.transformers_dict[KEY]]
+        edits = [replace(edit, strength=edit.strength * self.strength, acting=self.strength != 0)
+                 for edit in self.transformers_dict[KEY]]
         merge_nested_dicts(transformer_options, {**self.transformers_dict, KEY: edits}, copy_dict1=False)
 
 
@@ -129,8 +131,9 @@ def _around_calls(overrides: Overrides) -> Callable:
         if transformer_options.get(RUNNING):  # a hook's and the model's own: one runs for both
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         sampling = executor.class_obj.model_sampling
-        acting = [edit for edit in transformer_options.get(KEY, ()) if _acts(edit, sampling, t)]
-        edits = list({edit.placeholder: edit for edit in reversed(acting)}.values())[::-1]
+        every = [edit if _acts(edit, sampling, t) else replace(edit, acting=False)
+                 for edit in transformer_options.get(KEY, ())]
+        edits = list({edit.placeholder: edit for edit in sorted(reversed(every), key=attrgetter("acting"))}.values())
         layers, held = overrides(cross_attentions(executor.class_obj.diffusion_model), edits)
         # Without what grows with every call, for which compiled models would be compiled again.
         passed = {name: option for name, option in transformer_options.items() if name != MET} | {RUNNING: True}
@@ -144,6 +147,8 @@ def _around_calls(overrides: Overrides) -> Callable:
 
 
 def _acts(edit: Applied, sampling: torch.nn.Module, sigma: Tensor) -> bool:
+    if not edit.acting:
+        return False
     if edit.start <= 0 and edit.end >= 1:
         return True
     return sampling.percent_to_sigma(edit.end) <= float(sigma.max()) <= sampling.percent_to_sigma(edit.start)
@@ -161,7 +166,8 @@ def _watch(executor, *args, **kwargs):
     most: dict[str, float] = {}
     for edits, held in met:
         for edit, amount in zip(edits, held.tolist(), strict=True):
-            most[edit.placeholder] = max(amount, most.get(edit.placeholder, amount))
+            if edit.acting:
+                most[edit.placeholder] = max(amount, most.get(edit.placeholder, amount))
     for edit in options.get(KEY, ()) if met else ():
         if edit.placeholder not in most:
             log.warning("No step of this sampling lies between the start (%.2f) and end (%.2f) of %s, so only its word "

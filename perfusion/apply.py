@@ -29,7 +29,8 @@ class Applied(Unchanging):
     concept stays what it is or becomes the super-category (`withheld`), so that a high bias draws that instead of
     erasing it. Where a prompt has several concepts, a token gives no more of each than it holds of it, or two of one
     class, of which a token holds much the same, would come out on top of each other. `everywhere` is equation 3 to the
-    letter instead: none of these, and also in prompts without the concept.
+    letter instead: none of these, and also in prompts without the concept. One that is not `acting` leaves its own word
+    as it is and still keeps others of its class off it.
     """
 
     edit: Edit
@@ -42,6 +43,7 @@ class Applied(Unchanging):
     start: float = 0.0
     end: float = 1.0
     everywhere: bool = False
+    acting: bool = True
 
     @property
     def presence(self) -> float:
@@ -58,8 +60,8 @@ def overrides(
     attentions: Mapping[str, nn.Module], edits: Sequence[Applied]
 ) -> tuple[dict[nn.Module, Callable], Callable[[], Tensor]]:
     """What the key and value layers compute instead under `edits` during one call, for `host.cross_attention`."""
-    if not edits:
-        return {}, lambda: torch.zeros(0)
+    if not any(edit.acting for edit in edits):
+        return {}, lambda: torch.zeros(len(edits))
     call = Call(list(attentions), edits)
     layers: dict[nn.Module, Callable] = {}
     for name, attention in attentions.items():
@@ -130,7 +132,7 @@ class Call:
             opened = gate_of_kin(torch.ones_like(self.bias), self.bias, self.temperature)
             untouched, given_back = withheld(c, g, opened)
             c = c - untouched * ~self.everywhere
-            gates = torch.cat([g, given_back * ~self.everywhere], -1)
+            c, gates = c * self.acting, torch.cat([g, given_back * ~self.everywhere], -1) * self.acting.repeat(2)
             keys = c * self.key_strength, gates * self.key_strength.repeat(2)
             amounts = keys, (c, gates)
             self.known.append((encodings, amounts))
@@ -157,7 +159,7 @@ class Call:
         values = torch.stack([torch.cat([own[name] for name in self.layers]) for own in learned]).to(device)
         sizes = [len(learned[0][name]) for name in self.layers]
         self.learned = dict(zip(self.layers, values.split(sizes, 1), strict=True))
-        self.bias, self.temperature, self.presence, self.strength, self.key_strength = torch.tensor([
-            [a.bias, a.temperature, a.presence, a.strength, a.key_strength] for a in self.edits
+        self.bias, self.temperature, self.presence, self.strength, self.key_strength, self.acting = torch.tensor([
+            [a.bias, a.temperature, a.presence, a.strength, a.key_strength, a.acting] for a in self.edits
         ]).T.to(device)
         self.everywhere = torch.tensor([a.everywhere for a in self.edits], device=device)

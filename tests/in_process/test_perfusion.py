@@ -111,20 +111,38 @@ def values_under(model, edits, context):
         return [layer(context) for attention in attentions.values() for layer in (attention.to_k, attention.to_v)]
 
 
-@pytest.mark.parametrize("length", [0.7, 1.0, 1.3])
-def test_another_concept_of_the_class_acts_only_where_its_own_word_is(model, edit, precision, prompts, length):
-    """Its cosine to the word that the prompt has is 0.8, more than makes a concept present."""
+def sibling_of(model, edit, precision, prompts, length=1.0):
+    """Another concept of the class: its cosine to the word that the prompt has is 0.8, more than makes it present."""
     metric, i = precision.double(), edit.target_input.double()
     other = prompts[1][0, 4].double()
     other = other - (other @ metric @ i) / (i @ metric @ i) * i
     other = other * ((i @ metric @ i) / (other @ metric @ other)).sqrt()
-    sibling = edit_of(model, length * (0.8 * i + 0.6 * other).float(), seed=6, presence=0.7 / length)
+    return edit_of(model, length * (0.8 * i + 0.6 * other).float(), seed=6, presence=0.7 / length)
+
+
+@pytest.mark.parametrize("length", [0.7, 1.0, 1.3])
+def test_another_concept_of_the_class_acts_only_where_its_own_word_is(model, edit, precision, prompts, length):
+    sibling = sibling_of(model, edit, precision, prompts, length)
     one, two = (applied(each, precision, name) for each, name in ((edit, "<mine>"), (sibling, "<two>")))
     torch.testing.assert_close(values_under(model, [one, two], prompts[0]), values_under(model, [one], prompts[0]),
                                rtol=1e-4, atol=1e-4)
     both = prompts[0].clone()
     both[0, 7] = sibling.target_input
     assert not near(values_under(model, [one, two], both)[1][0, 7], values_under(model, [one], both)[1][0, 7])
+
+
+def test_a_concept_that_rests_keeps_others_of_its_class_off_its_word(model, hook, edit, precision, prompts):
+    sibling = applied(sibling_of(model, edit, precision, prompts), precision, "<two>")
+    resting = applied(edit, precision, "<mine>", start=0.4, end=0.6)  # between the two steps
+    with_sibling, plain = with_edits(model, [sibling], overrides), alone(model, prompts[0])
+    assert near(alone(with_edits(with_sibling, [resting], overrides), prompts[0]), plain)
+    assert near(alone(with_sibling, prompts[0], keyed(hook(edit), 0.0)), plain)
+    assert not near(alone(with_sibling, prompts[0]), plain)
+    both = prompts[0].clone()
+    both[0, 7] = sibling.edit.target_input
+    plain, guarded = (values_under(model, edits, both) for edits in ([], [replace(resting, acting=False), sibling]))
+    assert all(near(guarded[0, 2], own[0, 2]) and not near(guarded[0, 7], own[0, 7])
+               for guarded, own in zip(guarded[1::2], plain[1::2], strict=True))
 
 
 def test_two_concepts_of_a_class_share_what_a_token_holds_of_both(model, edit, precision, prompts):
