@@ -69,7 +69,13 @@ def own_pictures(folder: Path) -> Iterator[Path]:
 
 def _is_picture(path: Path) -> bool:
     hidden = path.name.startswith(".")  # such as macOS leaves beside pictures on other systems' disks
-    return path.suffix.lower() in ENDINGS and not path.name.lower().endswith(MASK_ENDINGS) and not hidden
+    return path.suffix.lower() in ENDINGS and not _is_mask(path) and not hidden
+
+
+def _is_mask(path: Path) -> bool:
+    """Whether a file is the mask of a picture beside it; venetian_mask.png alone is a photo of one."""
+    return any(_beside(path.with_name(path.name[:-len(ending)] + ".png"), ENDINGS)
+               for ending in MASK_ENDINGS if path.name.lower().endswith(ending))
 
 
 def read_photo(path: Path) -> Photo:

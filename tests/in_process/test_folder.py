@@ -155,6 +155,12 @@ def test_a_cut_off_picture_is_named(folder):
         read_folder(folder)
 
 
+def test_a_photo_of_a_mask_is_a_photo(folder):
+    for name in ("venetian_mask.png", "hockey.JPG", "hockey_mask.png"):
+        RED.save(folder / name)
+    assert [path.name for path in pictures_in(folder)] == ["hockey.JPG", "venetian_mask.png"]
+
+
 def test_a_mask_of_another_size_is_named(folder):
     RED.save(folder / "x.png")
     Image.new("L", (10, 10)).save(folder / "x_mask.png")
