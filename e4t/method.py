@@ -1,7 +1,7 @@
 """What the encoder of a domain predicts for pictures, and the loss that teaches it."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -28,6 +28,7 @@ from .samples import Pair
 
 PLACEHOLDER = "<domain>"
 SENTENCES = OBJECT + PLACES
+SHARE = 0.6  # of the way from the class word to the predicted one, which drowns out the rest of a prompt
 
 
 class Together(Call):
@@ -120,6 +121,18 @@ class Predictor:
             size = size + penalty(self.offsets) if self.offsets else size
         error = denoising_error(self.model, pair.batch.latents, pair.batch.noise, pair.batch.timesteps, context, pooled)
         return weighted_mean(error.float(), pair.weights) + regulariser * size
+
+    @contextmanager
+    def acting(self, encoder: Encoder, offsets: Mapping[str, Offset]) -> Iterator[None]:
+        """While it lasts, this encoder and these offsets are used, and the offsets act on the model."""
+        own = self.encoder, self.offsets
+        self.encoder, self.offsets = encoder, offsets
+        self.changed = self._offset()
+        try:
+            yield
+        finally:
+            self.encoder, self.offsets = own
+            self._rest()
 
     def _rest(self) -> None:
         """Leaves the model as it is."""

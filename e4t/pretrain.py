@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from math import cos, isfinite, pi
@@ -29,7 +29,7 @@ from ..host.checkpoints import load_checkpoint, load_clip_vision
 from ..host.clip_vision import Vision
 from ..host.copies import fingerprint, private_copies
 from ..host.cross_attention import sizes
-from ..host.folders import DOMAINS, domains_folder, free_name, states_folder
+from ..host.folders import DOMAINS, domains_folder, free_name, states_folder, unfinished_folder
 from ..host.objective import timestep_count
 from ..host.pictures import is_empty, vae_encode
 from ..host.sockets import CLIP, VAE, ModelPatcher
@@ -37,13 +37,15 @@ from ..host.text import encode, fingerprint_of, widths
 from ..host.unet_features import unet_features
 from ..host.weight_offsets import matrix_shapes
 from ..perfusion.covariance import precision
+from ..training.preview import to_pil
 from ..training.states import States
 from .domain import ENDING, Domain, file_name, load, save, to_bytes
 from .encoder import Encoder, Shape
 from .method import Predictor
 from .offsets import Offset, new_offsets
 from .recognition import recognise
-from .samples import Samples, draw_pair, read_samples
+from .samples import Pair, Samples, draw_pair, read_samples
+from .validation import Look, errors, pictures, to_device
 from .workers import Workers
 
 NUMBERS = {"steps": int, "minutes": float, "batch_size": int, "rate": float, "offset_rate": float, "warmup": int,
@@ -154,8 +156,8 @@ class Learner:
             tensor.data.copy_(value)
         return losses
 
-    def step(self, pair, number: int, done: float, workers: Workers, bf16: bool) -> float:
-        """One step at the share `done` of the whole; returns its loss.
+    def step(self, pairs: Sequence[Pair], number: int, done: float, workers: Workers, bf16: bool) -> float:
+        """One step at the share `done` of the whole, on a batch in equal parts; returns its loss.
 
         It moves nothing when the loss or the averaged gradient, which all processes have alike, is not finite. Raises
         ValueError at the tenth such step in a row.
@@ -164,12 +166,14 @@ class Learner:
         for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         self.optimiser.zero_grad()
-        with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                loss = self.predictor.loss(pair, is_edited(number, self.recipe.edited),
-                                           self.recipe.regulariser).mean()
-            loss.backward()
-        value = loss.detach()
+        value = torch.zeros((), device=self.device)
+        for pair in pairs:
+            with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                    loss = self.predictor.loss(to_device(pair, self.device), is_edited(number, self.recipe.edited),
+                                               self.recipe.regulariser).mean() / len(pairs)
+                loss.backward()
+            value += loss.detach()
         workers.average([value, *(p.grad for p in self.trained if p.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         if not isfinite(value.item()) or not isfinite(norm.item()):
@@ -218,20 +222,22 @@ def pretrain(
     model: ModelPatcher, clip: CLIP, samples: Samples, recipe: Recipe, keeping: Keeping, metric: Tensor,
     workers: Workers | None = None, recompute: bool = False, bf16: bool = False,
     watch: Callable[[int, float], None] = lambda step, loss: None, kept: Callable[[Domain], None] = lambda domain: None,
-    start: Domain | None = None,
+    start: Domain | None = None, accumulation: int = 1, look: Look | None = None,
 ) -> Domain:
     """Learns a domain from samples; `model` and `clip` stay as they are, `metric` is C⁻¹ (d d) of the text encoder.
 
     It leaves a state, from which the same pretraining goes on, stopped on the way or with more steps or minutes.
     `watch` sees the loss of each step, `kept` the domain so far with every state. `start` is another domain to begin
-    with, by default nothing. Raises ValueError with one sentence for input it cannot learn from, and when the loss is
-    lost.
+    with, by default nothing. Gradients of a batch are accumulated over `accumulation` equal parts of it, which learns
+    the same in less memory. With every state and at the end `look` gets pictures of unseen subjects. Raises ValueError
+    with one sentence for input it cannot learn from, and when the loss is lost.
     """
     workers = workers or Workers()
     if not recipe.steps and not recipe.minutes:
         raise ValueError("Pretraining needs an end: give a number of steps or of minutes above 0.")
-    if recipe.batch_size % workers.count:
-        raise ValueError(f"A batch of {recipe.batch_size} cannot be shared evenly by {workers.count} processes.")
+    if recipe.batch_size % (workers.count * accumulation):
+        raise ValueError(f"A batch of {recipe.batch_size} cannot be shared evenly by {workers.count} processes in "
+                         f"{accumulation} parts each.")
     given = recipe, *samples.latents.shape
     if workers.of_first(given) != given:
         raise ValueError("This process was given other settings or another number of pictures than the first of its "
@@ -262,24 +268,28 @@ def pretrain(
                 learner.recognise(lessons, workers)
                 if workers.first:
                     states.save(losses, learner.optimiser)
-            _train(learner, lessons, samples.part(len(samples.latents) - held, len(samples.latents)), losses, keeping,
-                   states, workers, bf16, watch, lambda: kept(domain()))
+            unseen = samples.part(len(samples.latents) - held, len(samples.latents))
+            _train(learner, lessons, losses, keeping, states, workers, bf16, accumulation, watch,
+                   lambda: kept(domain()),
+                   lambda: _validated(learner, lessons, unseen, len(losses), unet, encoder, look))
         finally:
             learner.predictor.installed.close()
         return domain()
 
 
-def _train(learner: Learner, lessons: Samples, held: Samples, losses: list[float], keeping: Keeping, states: States,
-           workers: Workers, bf16: bool, watch: Callable[[int, float], None], keep: Callable[[], None]) -> None:
-    recipe, device = learner.recipe, learner.device
+def _train(learner: Learner, lessons: Samples, losses: list[float], keeping: Keeping, states: States, workers: Workers,
+           bf16: bool, accumulation: int, watch: Callable[[int, float], None], keep: Callable[[], None],
+           validate: Callable[[], None]) -> None:
+    recipe, shares = learner.recipe, workers.shares(accumulation)
     levels = timestep_count(learner.predictor.model)
     before, started, kept = learner.clock.item(), time.monotonic(), time.monotonic()
     first = len(losses)
     try:
         while (done := _done(recipe, len(losses), learner.clock.item())) < 1:
             step = len(losses)
-            pair = draw_pair(lessons, levels, recipe.batch_size, recipe.seed, step, workers.share(), recipe.times)
-            losses.append(learner.step(_on(pair, device), step, done, workers, bf16))
+            pairs = [draw_pair(lessons, levels, recipe.batch_size, recipe.seed, step, share, recipe.times)
+                     for share in shares]
+            losses.append(learner.step(pairs, step, done, workers, bf16))
             clock = torch.tensor([before + time.monotonic() - started], dtype=torch.float64)
             workers.average([clock])
             learner.clock.copy_(clock)
@@ -291,26 +301,17 @@ def _train(learner: Learner, lessons: Samples, held: Samples, losses: list[float
                 kept = time.monotonic()
                 states.save(losses, learner.optimiser)
                 keep()
-                log.info("%s", _validated(learner, held, levels, len(losses)))
+                validate()
     finally:  # also at the end: more minutes go on from there
         if workers.first and len(losses) > first and learner.sound():
             states.save(losses, learner.optimiser)
     if workers.first:
-        log.info("%s", _validated(learner, held, levels, len(losses)))
+        validate()
 
 
 def _done(recipe: Recipe, steps: int, seconds: float) -> float:
     ends = ((steps, recipe.steps), (seconds, 60 * recipe.minutes))
     return max(reached / end for reached, end in ends if end)
-
-
-def _on(pair, device: torch.device):
-    """The pair on the training device."""
-    if device.type == "cpu":
-        return pair
-    moved = {name: value.to(device) for name, value in vars(pair).items() if isinstance(value, Tensor)}
-    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(pair.batch).items()}
-    return type(pair)(**{**vars(pair), **moved, "batch": type(pair.batch)(**batch)})
 
 
 def _line(recipe: Recipe, losses: list[float], seconds: float, speed: float, done: float) -> str:
@@ -320,22 +321,16 @@ def _line(recipe: Recipe, losses: list[float], seconds: float, speed: float, don
             f"{100 * done:.1f} % done, {left:.0f} min to go")
 
 
-@torch.no_grad()
-def _validated(learner: Learner, held: Samples, levels: int, step: int) -> str:
-    """The error of the moving average on subjects it has not seen, beside that of the class word."""
-    if not len(held.latents):
-        return "No subjects are left to validate on."
-    encoder, offsets = learner.averaged()
-    own, recipe = learner.predictor, learner.recipe
-    fresh = Encoder(encoder.shape).to(learner.device)
-    found = []
-    for used, edited in ((fresh, False), (encoder, False), (encoder, True)):
-        own.encoder, own.offsets = used, {} if used is fresh else offsets
-        pairs = [_on(draw_pair(held, levels, 16, 1, number, times=recipe.times), learner.device) for number in range(8)]
-        found.append(torch.cat([own.loss(pair, edited, 0.0) for pair in pairs]).mean().item())
-    own.encoder, own.offsets = learner.encoder, learner.offsets
-    return (f"step {step}, unseen subjects: error {found[1]:.4f} by word and offsets, {found[2]:.4f} by word and "
-            f"values, {found[0]:.4f} by the class word")
+def _validated(learner: Learner, lessons: Samples, held: Samples, step: int, unet: ModelPatcher, clip: CLIP,
+               look: Look | None) -> None:
+    """Tells the errors of the moving average on subjects it has not seen, and shows what it draws of some."""
+    averaged = learner.averaged()
+    told = errors(learner.predictor, *averaged, held, learner.recipe.times) if len(held.latents) else (
+        "too few to leave some for validation")
+    log.info("step %d, unseen subjects: %s", step, told)
+    if look:
+        look.show(step, pictures(learner.predictor, unet, clip, look.vae, *averaged,
+                                 held if len(held.latents) else lessons, learner.recipe.seed))
 
 
 def _run(recipe: Recipe, samples: Samples, weights: str, start: Domain | None) -> str:
@@ -366,6 +361,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--mirror", action="store_true", help="also learn from mirrored pictures")
     parser.add_argument("--mask-floor", type=float, default=0.1, help="weight of the loss outside masks")
     parser.add_argument("--keep-minutes", type=float, default=10.0, help="a state is kept every so many minutes")
+    parser.add_argument("--accumulation", type=int, default=1, help="in how many parts a process computes its share of "
+                        "a batch: less memory, the same result")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, slower")
     parser.add_argument("--fp32", action="store_true", help="no autocast to bf16; a UNet in fp16 computes in bf16")
     parser.add_argument("--no-offsets", action="store_true", help="without weight offsets")
@@ -407,8 +404,19 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
         except ValueError as error:
             log.warning("The pretraining goes on without this unfinished domain: %s", error)
 
+    def show(step: int, picture: Tensor) -> None:
+        path = unfinished_folder() / f"{Path(name).name}-step{step:07d}.png"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            to_pil(picture).save(path)
+        except OSError as error:
+            log.warning("The pretraining goes on without this picture: %s", error)
+        else:
+            log.info("Unseen subjects, and what is drawn of them: %s", path)
+
     domain = pretrain(model, clip, samples, recipe, Keeping(work, args.keep_minutes), precision(clip), workers,
-                      args.recompute, not args.fp32, kept=keep, start=args.start and load(args.start))
+                      args.recompute, not args.fp32, kept=keep, start=args.start and load(args.start),
+                      accumulation=args.accumulation, look=Look(vae, show))
     path = output / f"{name}.safetensors"
     if workers.first:
         path = save(domain, output, name, overwrite=True)

@@ -14,7 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from ..training.dataset import Photo, squares
 from ..training.draws import Batch, draw, seeded
-from ..training.folder import ENDINGS, fingerprint, own_pictures, read_photo
+from ..training.folder import ALL, ENDINGS, fingerprint, own_pictures, read_photo
 from .encoder import Vision, to_shown
 from .shards import Sharded, shard
 
@@ -96,7 +96,8 @@ def read_samples(folder: Path, views: int, side: int, shown_side: int, mirror: b
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
     seen_by = vision.fingerprint if vision else ""
-    settings = f"{fingerprint(folder, ENDINGS)} {views} {side} {seen_by or shown_side} {mirror} {floor} {seed} {vae}"
+    files = fingerprint(folder, ALL, ENDINGS)
+    settings = f"{files} {views} {side} {seen_by or shown_side} {mirror} {floor} {seed} {vae}"
     source = hashlib.sha256(settings.encode()).hexdigest()[:16]
     subjects = list(_subjects(folder))
     if large := sum(len(paths) > views for paths in subjects):

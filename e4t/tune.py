@@ -22,12 +22,11 @@ from ..textual_inversion.word import row_size
 from ..training.dataset import Lessons, Photo, squares
 from .domain import Domain, digest
 from .encoder import Predicted
-from .method import SENTENCES, Predictor
+from .method import SENTENCES, SHARE, Predictor
 from .offsets import Offset
 from .strangers import tell_strangers
 
 LEVELS = 16  # noise levels that a prediction is the mean of
-SHARE = 0.6  # of the way from the class word to the predicted one, which drowns out the rest of a prompt
 WORD_RATE, VALUE_RATE = 0.05, 0.05  # of the class word's numbers and its values in each layer
 
 
@@ -41,24 +40,27 @@ class Start:
 
 
 @torch.no_grad()
-def predict(predictor: Predictor, seen: Tensor, latents: Tensor, seed: int) -> Start:
-    """The mean prediction, over noise levels and pictures, for n pictures as the encoder sees them and their latents
+def predict_each(predictor: Predictor, seen: Tensor, latents: Tensor, seed: int) -> list[Start]:
+    """The mean prediction over noise levels for each of n pictures as the encoder sees them and their latents
     (n c h w)."""
     generator = torch.Generator().manual_seed(seed)
     levels = timestep_count(predictor.model)
     timesteps = ((torch.arange(LEVELS) + 0.5) / LEVELS * levels).long().to(predictor.device)
-    said: list[Predicted] = []
+    starts = []
     for picture, latent in zip(seen.to(predictor.device), latents, strict=True):
         noise = torch.randn(LEVELS, *latent.shape, generator=generator).to(latent)
-        same = latent.expand_as(noise)
-        said.append(predictor.predict(picture[None], same, noise, timesteps))
+        said = predictor.predict(picture[None], latent.expand_as(noise), noise, timesteps)
+        mean = Predicted(*({name: value.float().mean(0, keepdim=True) for name, value in getattr(said, kind).items()}
+                           for kind in ("words", "values")))
+        starts.append(Start({name: vectors[0] for name, vectors in predictor.words(mean).items()},
+                            {name: added[0] for name, added in predictor.added(mean).items()}))
+    return starts
 
-    def mean(name: str, kind: str) -> Tensor:
-        return torch.cat([getattr(each, kind)[name] for each in said]).float().mean(0, keepdim=True)
 
-    whole = Predicted(*({name: mean(name, kind) for name in getattr(said[0], kind)} for kind in ("words", "values")))
-    return Start({name: vectors[0] for name, vectors in predictor.words(whole).items()},
-                 {name: added[0] for name, added in predictor.added(whole).items()})
+def mean_of(starts: Sequence[Start]) -> Start:
+    """The mean of what several pictures say."""
+    return Start(*({name: torch.stack([getattr(start, kind)[name] for start in starts]).mean(0)
+                    for name in getattr(starts[0], kind)} for kind in ("words", "added")))
 
 
 class TunedEdit(EditMethod):
@@ -91,8 +93,9 @@ class TunedEdit(EditMethod):
         predictor = Predictor(self.unet, clip, domain.word, copy.deepcopy(domain.encoder).to(self.device), offsets,
                               SHARE * domain.scale, self.precision)
         try:
-            tell_strangers(predictor, lessons.latents[:, 0], self.recipe.seed)
-            return predict(predictor, seen, lessons.latents[:, 0], self.recipe.seed)
+            starts = predict_each(predictor, seen, lessons.latents[:, 0], self.recipe.seed)
+            tell_strangers(predictor, lessons.latents[:, 0], [start.words for start in starts], self.recipe.seed)
+            return mean_of(starts)
         finally:
             predictor.installed.close()
 

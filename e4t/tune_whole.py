@@ -38,7 +38,7 @@ from .method import SENTENCES, Predictor
 from .offsets import Offset
 from .samples import later
 from .strangers import tell_strangers
-from .tune import predict
+from .tune import mean_of, predict_each
 from .use import with_difference
 
 RANK = 4
@@ -63,7 +63,8 @@ class TunedWhole(WordMethod):
         self.predictor = Predictor(unet, clip, domain.word, self.encoder, {}, domain.encoder.start * domain.scale,
                                    torch.zeros(0, 0))
         self.predictor.installed.close()
-        tell_strangers(self.predictor, self.latents, recipe.seed)
+        starts = predict_each(self.predictor, self.seen, self.latents, recipe.seed) if len(photos) > 1 else []
+        tell_strangers(self.predictor, self.latents, [start.words for start in starts], recipe.seed)
         self.moved = {name: torch.zeros_like(found).requires_grad_() for name, found in self.predictor.rows.items()}
         self.offsets = {layer: Offset(*(f.detach().clone().to(self.device).requires_grad_()
                                         for f in (offset.left, offset.right)))
@@ -124,7 +125,7 @@ class TunedWhole(WordMethod):
         """Makes the word what is kept of the mean of what `loss` now learns with, and leaves the model as it is."""
         with torch.no_grad():
             self.changed = self._tuned() if self.encoder.hears_offsets else {}
-        start = predict(self.predictor, self.seen, self.latents, self.recipe.seed)
+        start = mean_of(predict_each(self.predictor, self.seen, self.latents, self.recipe.seed))
         self.changed = {}
         for name, vectors in start.words.items():
             whole = vectors + self.moved[name].detach()

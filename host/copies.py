@@ -91,6 +91,11 @@ def memory_is_short(model: ModelPatcher) -> bool:
     return device.type != "cpu" and comfy.model_management.get_total_memory(device) < ample
 
 
+def computes_in_bf16(model: ModelPatcher) -> bool:
+    """Whether the model is on a card on which the host would compute in bf16."""
+    return model.load_device.type == "cuda" and comfy.model_management.should_use_bf16(model.load_device)
+
+
 def card_is_small(model: ModelPatcher, clip: CLIP) -> bool:
     """Whether the weights of both, the text encoder's in single precision, would fill most of the model's card.
 

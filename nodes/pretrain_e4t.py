@@ -8,17 +8,19 @@ from torch import Tensor
 from ..e4t import domain
 from ..e4t.pretrain import Keeping, Recipe, pretrain
 from ..e4t.samples import read_samples
+from ..e4t.validation import Look
 from ..host.bases import base_name, check_pair, native_side
 from ..host.clip_vision import Vision
-from ..host.copies import fingerprint, memory_is_short
+from ..host.copies import computes_in_bf16, fingerprint, memory_is_short
 from ..host.folders import DOMAINS, domains_folder, free_name, input_subfolder, input_subfolders, states_folder
 from ..host.pictures import is_empty, vae_encode
 from ..host.progress import ProgressBar, shown, stop_if_cancelled
 from ..microworld.domain import DOMAINS as SAMPLE_WORDS
 from ..microworld.domain import write_instance
 from ..perfusion.covariance import precision
-from ..training.folder import ENDINGS
+from ..training.folder import ALL, ENDINGS
 from ..training.folder import fingerprint as folder_fingerprint
+from ..training.preview import to_pil
 from .sockets import Domain
 
 VIEWS, FLOOR = 4, 0.1
@@ -90,22 +92,32 @@ class ConceptsPretrainE4T(io.ComfyNode):
                     "Diffusion 1.x and 2.x, 768 for 2.x with v-prediction, 1024 for SDXL."
                 )),
                 io.Boolean.Input("mirror", default=False, advanced=True, tooltip="Also learn from mirrored pictures."),
+                io.Int.Input("accumulation", default=1, min=1, max=256, advanced=True, tooltip=(
+                    "In how many parts a batch is computed, which must divide it: more take less memory and more time, "
+                    "and learn the same."
+                )),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip=(
                     "The eye of the encoder, as in the paper: CLIP vision ViT-L or ViT-H, from Load CLIP Vision. Tune "
                     "E4T then needs it too. Without it the encoder learns to see by itself."
                 )),
             ],
-            outputs=[Domain.Output("domain", display_name="domain", tooltip="What was learned, for Tune E4T.")],
+            outputs=[
+                Domain.Output("domain", display_name="domain", tooltip="What was learned, for Tune E4T."),
+                io.Image.Output("samples", display_name="samples", tooltip=(
+                    "Things it has not learned from, where there are ten or more, and below each what the domain draws "
+                    "of it without any tuning."
+                )),
+            ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, folder: str | None, **inputs) -> str:
         """Changed or added pictures are learned from, unless the folder's name is linked: the host does not tell it."""
-        return folder_fingerprint(input_subfolder(folder), ENDINGS) if folder and folder not in SAMPLES else ""
+        return folder_fingerprint(input_subfolder(folder), ALL, ENDINGS) if folder and folder not in SAMPLES else ""
 
     @classmethod
     def execute(cls, model, clip, vae, folder, class_word, name, steps, batch_size, seed, rate, regulariser, resolution,
-                mirror, clip_vision=None) -> io.NodeOutput:
+                mirror, accumulation=1, clip_vision=None) -> io.NodeOutput:
         word = class_word.strip()
         if not word:
             raise ValueError("The class word is empty; write the ordinary word for the things in the pictures.")
@@ -131,8 +143,17 @@ class ConceptsPretrainE4T(io.ComfyNode):
             bar.update_absolute(step, steps)
             stop_if_cancelled()
 
+        drawn: list[Tensor] = []
+
+        def show(step: int, picture: Tensor) -> None:
+            drawn[:] = [picture]
+            bar.update_absolute(step, steps, ("JPEG", to_pil(picture), 832))
+
         learned = pretrain(model, clip, samples, recipe, Keeping(states_folder()), precision(clip),
-                           recompute=memory_is_short(model), watch=watch)
+                           recompute=memory_is_short(model), bf16=computes_in_bf16(model), watch=watch,
+                           accumulation=accumulation, look=Look(vae, show))
         domain.save(learned, domains_folder(), file, overwrite=True)
         said = f"Saved: choose {file}{domain.ENDING} in Load E4T Domain."
-        return io.NodeOutput(learned, ui=shown(said))
+        if samples.unreadable:
+            said += f" Pictures that could not be read and were left out: {samples.unreadable}; the log names them."
+        return io.NodeOutput(learned, drawn[0][None], ui=shown(said))

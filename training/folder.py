@@ -13,12 +13,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .dataset import Photo, telling
+from .dataset import SMALLEST, Photo, telling
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 READ = (*ENDINGS, ".txt")
 MASK_ENDINGS = (".mask.png", "-mask.png", "_mask.png")
 REPEATS = re.compile(r"(\d{1,3})_.*")  # 2024_summer is no number of repeats
+ALL = re.compile(r"[^.].*")
 
 
 def read_folder(folder: Path) -> list[Photo]:
@@ -34,14 +35,15 @@ def read_folder(folder: Path) -> list[Photo]:
     return photos
 
 
-def fingerprint(folder: Path, endings: tuple[str, ...] = READ) -> str:
-    """A digest that changes when any file of these endings in the folder or a subfolder does, by default pictures,
-    masks, captions."""
+def fingerprint(folder: Path, subfolders: re.Pattern[str] = REPEATS, endings: tuple[str, ...] = READ) -> str:
+    """A digest that changes when any file of these endings does in the folder or its `subfolders`, by default pictures,
+    masks and captions in those that `read_folder` reads."""
     digest = hashlib.sha256()
-    folders = [folder, *(path for path in folder.iterdir() if path.is_dir())]
-    for path in sorted(path for own in folders for path in own.iterdir() if path.suffix.lower() in endings):
-        status = path.stat()
-        digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    folders = [folder, *(path for path in folder.iterdir() if path.is_dir() and subfolders.fullmatch(path.name))]
+    for path in sorted(path for own in folders for path in own.iterdir()):
+        if path.suffix.lower() in endings and not path.name.startswith("."):
+            status = path.stat() if path.exists() else path.lstat()  # a link whose target is gone
+            digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
@@ -81,6 +83,9 @@ def _is_mask(path: Path) -> bool:
 def read_photo(path: Path) -> Photo:
     """A picture with the mask beside it. Raises ValueError that names the file it cannot use."""
     picture, mask = _pixels(path)
+    if min(picture.shape[:2]) < SMALLEST:
+        raise ValueError(f"{path.name} is {picture.shape[1]}×{picture.shape[0]} pixels; at least {SMALLEST} a side are "
+                         "needed.")
     beside = _beside(path, MASK_ENDINGS)
     if beside is not None:
         mask = _pixels(beside)[0].mean(-1)
@@ -91,9 +96,14 @@ def read_photo(path: Path) -> Photo:
 
 
 def _beside(path: Path, endings: tuple[str, ...]) -> Path | None:
-    """The first file of the picture's name with one of these endings, which cameras also write in capitals."""
-    either = (spelled for ending in endings for spelled in (ending, ending.upper()))
-    return next((other for ending in either if (other := path.with_name(path.stem + ending)).exists()), None)
+    """The first file of the picture's name with one of these endings, of which any part may be in capitals."""
+    for ending in endings:
+        kind, dot, suffix = ending.rpartition(".")
+        for spelled in (ending, ending.upper(), ending.title(), f"{kind}{dot}{suffix.upper()}",
+                        f"{kind.title()}{dot}{suffix}"):
+            if (other := path.with_name(path.stem + spelled)).is_file():
+                return other
+    return None
 
 
 def _caption(path: Path) -> str:
@@ -110,14 +120,15 @@ def _pixels(path: Path) -> tuple[Tensor, Tensor | None]:
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
-            if image.mode == "F":
-                raise ValueError(f"{path.name} holds floating-point numbers; save it as PNG or JPEG.")
+            floating = image.mode == "F"
             if image.mode.startswith("I"):  # 16 bits of grey
                 grey = np.asarray(image, dtype=np.float32).clip(0, 65535) / 257
                 image = Image.fromarray(grey.astype(np.uint8))
             transparent = "A" in image.getbands() or "transparency" in image.info
             pixels = np.asarray(image.convert("RGBA" if transparent else "RGB"), dtype=np.float32) / 255
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path.name} cannot be read as a picture: {error}.") from error
+    if floating:
+        raise ValueError(f"{path.name} holds floating-point numbers; save it as PNG or JPEG.")
     picture = torch.from_numpy(pixels)
     return picture[..., :3], picture[..., 3] if transparent else None

@@ -9,6 +9,7 @@ from concepts_pack.e4t.encoder import Encoder, Shape
 from concepts_pack.e4t.offsets import RANK, Offset
 from concepts_pack.host.weight_offsets import ALL_PARTS, matrix_shapes
 from concepts_pack.textual_inversion.concept import Concept, Word
+from PIL import Image
 
 from .conftest import WIDTH
 from .test_nodes import NODES, run
@@ -80,3 +81,19 @@ def test_offsets_of_a_domain_at_a_strength(model):
     (patched,) = run("ConceptsApplyDomain", model=model, domain=domain, strength=0.5).result
     assert len(patched.patches) == len(domain.offsets) and not model.patches
     assert run("ConceptsApplyDomain", model=model, domain=domain, strength=0.0).result == (model,)
+
+
+def test_pretraining_shows_what_it_drew_and_counts_what_it_left_out(model, clip, calm_vae, tmp_path, monkeypatch):
+    for kind in ("input", "output", "user"):
+        monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "e4t", ([str(tmp_path / "e4t")], {".safetensors"}))
+    pictures = tmp_path / "input" / "cats"
+    pictures.mkdir(parents=True)
+    for number in range(2):
+        Image.new("RGB", (64, 64), (100 * number, 90, 200)).save(pictures / f"{number}.png")
+    (pictures / "broken.png").write_bytes(b"no picture")
+    made = run("ConceptsPretrainE4T", model=model, clip=clip, vae=calm_vae, folder="cats", class_word="cat", name="",
+               steps=2, batch_size=2, seed=0, rate=1e-3, regulariser=1e-3, resolution=64, mirror=False, accumulation=2)
+    domain, drawn = made.result
+    assert domain.word == "cat" and drawn.shape == (1, 128, 128, 3)
+    assert "Pictures that could not be read and were left out: 1" in str(made.ui.as_dict())

@@ -12,16 +12,20 @@ from dataclasses import replace
 
 import comfy.model_management
 import concepts_pack.e4t.pretrain
+import folder_paths
 import pytest
 import torch
 from concepts_pack.e4t.domain import load, save
 from concepts_pack.e4t.encoder import Encoder, Shape
 from concepts_pack.e4t.method import PLACEHOLDER, SENTENCES, Predictor, Together
+from concepts_pack.e4t.offsets import new_offsets
 from concepts_pack.e4t.pretrain import Keeping, Learner, Workers, is_edited, parser, pretrain, run, shape_of
 from concepts_pack.e4t.recognition import recognise
 from concepts_pack.e4t.samples import Samples, draw_pair, later, read_samples
+from concepts_pack.e4t.validation import Look
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.cross_attention import cross_attentions
+from concepts_pack.host.pictures import sample_picture
 from concepts_pack.host.progress import Cancelled
 from concepts_pack.host.text import encode as encode_text
 from concepts_pack.perfusion.apply import Applied, Call
@@ -96,7 +100,7 @@ def learner_of(model, clip, recompute=False, **changes):
 
 
 def steps(learner, count):
-    return [learner.step(draw_pair(SAMPLES, 1000, 4, 0, step), step, 0.0, Workers(), bf16=False)
+    return [learner.step([draw_pair(SAMPLES, 1000, 4, 0, step)], step, 0.0, Workers(), bf16=False)
             for step in range(count)]
 
 
@@ -178,7 +182,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(model, clip, lost):
         steps(learner, 9)
         assert all(torch.equal(one, two) for one, two in zip(before, learner.trained, strict=True)) and learner.sound()
         with pytest.raises(ValueError, match="stopped being a number at step 1;"):
-            learner.step(draw_pair(SAMPLES, 1000, 4, 0, 9), 9, 0.0, Workers(), bf16=False)
+            learner.step([draw_pair(SAMPLES, 1000, 4, 0, 9)], 9, 0.0, Workers(), bf16=False)
         assert not learner.sound()
         hook.remove()
         steps(learner, 1)
@@ -190,6 +194,19 @@ def test_lost_losses_are_one_sentence_and_leave_no_state_of_theirs(model, clip, 
         learn(model, clip, tmp_path, rate=1e30, steps=20)
     (before_any,) = tmp_path.iterdir()
     assert before_any.name.endswith("-step0000000.safetensors")
+
+
+def assert_same_learned(expected, found):
+    """They differ by far less than they learned, encoder and offsets alike."""
+    torch.manual_seed(RECIPE.seed)
+    start = Encoder(expected.encoder.shape)
+    one, two, before = (torch.nn.utils.parameters_to_vector(encoder.parameters())
+                        for encoder in (expected.encoder, found.encoder, start))
+    assert (one - two).norm() < 0.01 * (one - before).norm() > 0
+    before = new_offsets({name: (len(o.left), o.right.shape[1]) for name, o in expected.offsets.items()}, RECIPE.seed)
+    one, two, before = (torch.cat([torch.cat([o.left.flatten(), o.right.flatten()]) for _, o in sorted(own.items())])
+                        for own in (expected.offsets, found.offsets, before))
+    assert (one - two).norm() < 0.01 * (one - before).norm() > 0
 
 
 @pytest.mark.parametrize(("changes", "said"), [({"steps": 0}, "needs an end"), ({"word": " "}, "says nothing")])
@@ -218,6 +235,22 @@ def test_processes_share_a_batch():
     for rank, part in enumerate(parts):
         assert torch.equal(part.batch.noise, whole.batch.noise[rank::2])
         assert torch.equal(part.pictures, whole.pictures[rank::2])
+
+
+def test_a_batch_in_parts_learns_the_same(model, clip, tmp_path):
+    whole, parts = (pretrain(model, clip, SAMPLES, RECIPE, Keeping(tmp_path / str(count)), METRIC, accumulation=count)
+                    for count in (1, 2))
+    assert_same_learned(whole, parts)
+    with pytest.raises(ValueError, match="A batch of 4 cannot be shared evenly by 1 processes in 3 parts each"):
+        pretrain(model, clip, SAMPLES, RECIPE, Keeping(tmp_path), METRIC, accumulation=3)
+
+
+def test_processes_in_parts_share_a_batch():
+    workers = [Workers(), Workers()]
+    for rank, worker in enumerate(workers):
+        worker.count, worker.rank = 2, rank
+    rows = [list(range(12))[share] for worker in workers for share in worker.shares(3)]
+    assert sorted(row for part in rows for row in part) == list(range(12)) and {len(part) for part in rows} == {2}
 
 
 def test_later_timesteps_stay_in_the_schedule():
@@ -284,16 +317,42 @@ def folder_of(tmp_path, *names, masks=()):
     return tmp_path / "pictures"
 
 
-def test_an_unfinished_domain_goes_once_it_is_finished(model, clip, calm_vae, tmp_path):
+@pytest.mark.parametrize("rate", [1e-30, 0.05])
+def test_pictures_show_what_the_domain_draws(model, clip, calm_vae, tmp_path, rate):
+    """Of a domain that has learned nothing yet, what the class word draws."""
+    drawn = {}
+    recipe = replace(RECIPE, rate=rate, offset_rate=rate, weight_decay=0.0, recognition=0)
+    seen = pretrain(model, clip, SAMPLES, recipe, Keeping(tmp_path / "seen"), METRIC,
+                    look=Look(calm_vae, drawn.__setitem__))
+    (step, picture), = drawn.items()
+    assert step == 5 and picture.shape == (128, 4 * 64, 3)
+    with torch.no_grad():
+        known = calm_vae.decode(model.model.process_latent_out(SAMPLES.latents[1:2, 0].float()))[0]
+    torch.testing.assert_close(picture[:64, 64:128], known.clamp(0, 1))
+    plain = sample_picture(model, clip, calm_vae, "a photo of a cat", (4, 8, 8), 7.0, 20, RECIPE.seed)
+    assert torch.allclose(picture[64:, :64], plain, atol=1e-4) == (rate < 0.05)
+    unseen = pretrain(model, clip, SAMPLES, recipe, Keeping(tmp_path / "unseen"), METRIC)
+    assert torch.equal(*(torch.nn.utils.parameters_to_vector(domain.encoder.parameters()) for domain in (seen, unseen)))
+
+
+@pytest.fixture
+def output(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    return tmp_path / "output"
+
+
+def test_an_unfinished_domain_goes_once_it_is_finished(model, clip, calm_vae, tmp_path, output):
     settings = {"folder": folder_of(tmp_path, "a.png", "b.png"), "checkpoint": "toy", "word": "cat", "steps": 2,
                 "batch-size": 2, "resolution": 64, "side": 32, "keep-minutes": 0, "output": tmp_path / "made",
                 "work": tmp_path / "work"}
     args = parser().parse_args([part for name, value in settings.items() for part in (f"--{name}", str(value))])
     path = run(args, (model, clip, calm_vae))
     assert list((tmp_path / "made").iterdir()) == [path]
+    drawn = sorted((output / "concepts").glob("cat-step*.png"))
+    assert [path.stem[-2:] for path in drawn] == ["01", "02"] and Image.open(drawn[0]).size == (128, 128)
 
 
-def test_a_disk_that_refuses_the_unfinished_domain_stops_nothing(model, clip, calm_vae, tmp_path, caplog):
+def test_a_disk_that_refuses_the_unfinished_domain_stops_nothing(model, clip, calm_vae, tmp_path, output, caplog):
     (tmp_path / "made" / "cat-unfinished.safetensors").mkdir(parents=True)
     settings = {"folder": folder_of(tmp_path, "a.png", "b.png"), "checkpoint": "toy", "word": "cat", "steps": 3,
                 "batch-size": 2, "resolution": 64, "side": 32, "keep-minutes": 0, "output": tmp_path / "made",
@@ -337,9 +396,10 @@ def test_views_of_a_thing_are_its_pictures_first(tmp_path):
 def test_unreadable_pictures_are_left_out_and_counted(tmp_path):
     folder = folder_of(tmp_path, "a.png", "b.png")
     (folder / "c.png").write_bytes(b"no picture")
+    Image.new("RGB", (40, 20)).save(folder / "tiny.png")
     for _ in range(2):  # the second time from what was kept
         samples = read(folder, tmp_path)
-        assert len(samples.latents) == 2 and samples.unreadable == 1
+        assert len(samples.latents) == 2 and samples.unreadable == 2
 
 
 def test_the_largest_seed_can_be_used(tmp_path):
@@ -387,11 +447,7 @@ def test_two_processes_learn_what_one_does_also_when_one_is_killed(model, clip, 
     assert (tmp_path / "disk0").is_dir() and not (tmp_path / "disk1").exists()
     save(learn(model, clip, tmp_path / "alone"), tmp_path, "alone")
     found, expected = (load(tmp_path / f"{name}.safetensors") for name in ("domain", "alone"))
-    torch.manual_seed(RECIPE.seed)
-    start = Encoder(expected.encoder.shape)
-    one, two, before = (torch.nn.utils.parameters_to_vector(encoder.parameters())
-                        for encoder in (expected.encoder, found.encoder, start))
-    assert (one - two).norm() < 0.01 * (one - before).norm()
+    assert_same_learned(expected, found)
 
 
 def test_it_goes_on_from_another_domain(model, clip, tmp_path):

@@ -18,7 +18,7 @@ from concepts_pack.e4t.method import Predictor
 from concepts_pack.e4t.offsets import RANK, Offset
 from concepts_pack.e4t.pretrain import shape_of
 from concepts_pack.e4t.samples import later
-from concepts_pack.e4t.tune import SHARE, TunedEdit, predict, tuning_recipe
+from concepts_pack.e4t.tune import SHARE, TunedEdit, mean_of, predict_each, tuning_recipe
 from concepts_pack.e4t.tune_whole import WORD_PATH, TunedWhole, whole_recipe
 from concepts_pack.e4t.use import apply_offsets, apply_tuned
 from concepts_pack.host.copies import private_copies
@@ -81,14 +81,37 @@ def whole(domain, photos, model, clip, vae, steps, keeping=None, **changes):
                       method_of=method).concept
 
 
-def test_an_edit_starts_where_the_encoder_puts_it(domain, photos, model, clip):
-    latents = torch.randn(1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+def test_predictions_are_means_over_sixteen_noise_levels_and_all_pictures(domain, model, clip):
+    generator = torch.Generator().manual_seed(5)
+    latents, pictures = torch.randn(2, 4, 8, 8), torch.rand(2, 64, 64, 3)
+    with private_copies(model, clip) as (unet, text), torch.no_grad():
+        predictor = Predictor(unet, text, "cat", domain.encoder, {}, SHARE, METRIC)
+        found = mean_of(predict_each(predictor, pictures, latents, 5))
+        words, added = [], []
+        for picture, latent in zip(pictures, latents, strict=True):
+            for level, noise in enumerate(torch.randn(16, 4, 8, 8, generator=generator)):
+                time = torch.tensor([int((level + 0.5) * 1000 / 16)])
+                said = predictor.predict(picture[None], latent[None], noise[None], time)
+                words.append(predictor.words(said)["clip_l"][0])
+                added.append(predictor.added(said))
+        predictor.installed.close()
+    assert torch.stack(words).std(0).mean() > 1e-3 * torch.stack(words).std()
+    torch.testing.assert_close(found.words["clip_l"], torch.stack(words).mean(0), rtol=1e-4, atol=1e-5)
+    for name, value in found.added.items():
+        torch.testing.assert_close(value, torch.cat([each[name] for each in added]).mean(0), rtol=1e-3, atol=1e-4)
+
+
+def test_an_edit_starts_where_the_encoder_puts_it(domain, model, clip):
+    """In the mean of all pictures."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 1, 4, 8, 8, generator=generator)
+    photos = gather([torch.rand(2, 64, 64, 3, generator=generator)])
     with private_copies(model, clip) as (unet, text):
         predictor = Predictor(unet, text, "cat", domain.encoder, {}, SHARE, METRIC)
-        expected = predict(predictor, torch.stack([p.picture for p in photos]), latents[:, 0], 5)
+        expected = mean_of(predict_each(predictor, torch.stack([p.picture for p in photos]), latents[:, 0], 5))
         predictor.installed.close()
         recipe = tuning_recipe(domain, text, "<mine>", 5, 5, own_masks=False)
-        method = TunedEdit(domain, photos, METRIC, "toy", unet, text, recipe, Lessons(latents, None, ("",)))
+        method = TunedEdit(domain, photos, METRIC, "toy", unet, text, recipe, Lessons(latents, None, ("", "")))
         concept = method.concept({})
         with torch.no_grad():
             met = encode(method.clip, "a photo of a <mine>")[0][0, 5]
@@ -99,6 +122,14 @@ def test_an_edit_starts_where_the_encoder_puts_it(domain, photos, model, clip):
         torch.testing.assert_close(concept.edit.values[name], own + expected.added[name], rtol=1e-4, atol=1e-4)
     cosine = torch.nn.functional.cosine_similarity(concept.edit.target_input, met, dim=0)
     assert cosine > 0.9 and not torch.equal(concept.edit.target_input, concept.edit.super_input)
+
+
+@pytest.mark.parametrize("tune", [edited, whole])
+def test_every_picture_counts(domain, model, clip, vae, tune):
+    first, second = torch.rand(2, 1, 64, 64, 3, generator=torch.Generator().manual_seed(4))
+    one, both, other = (tune(domain, gather(pictures), model, clip, vae, 2).words[0].vectors["clip_l"]
+                        for pictures in ([first], [first, second], [first, 1 - second]))
+    assert not torch.equal(one, both) and not torch.equal(both, other)
 
 
 def test_tuning_moves_word_and_values(domain, photos, model, clip, vae):

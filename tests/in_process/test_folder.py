@@ -5,8 +5,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from concepts_pack.training.folder import fingerprint, pictures_in, read_folder
-from PIL import Image
+from concepts_pack.training.folder import ALL, fingerprint, pictures_in, read_folder
+from PIL import Image, PngImagePlugin
 
 RED = Image.new("RGB", (48, 40), (255, 0, 0))
 
@@ -155,6 +155,42 @@ def test_a_cut_off_picture_is_named(folder):
         read_folder(folder)
 
 
+@pytest.mark.parametrize("names", [("x.mask.PNG", "x.Txt"), ("x.Mask.png", "x.TXT"), ("x_MASK.PNG", "x.txt")])
+def test_endings_in_capitals(folder, names):
+    RED.save(folder / "x.png")
+    Image.linear_gradient("L").resize(RED.size).save(folder / names[0], "PNG")
+    (folder / names[1]).write_text("a red one")
+    assert only(folder).mask is not None and only(folder).caption == "a red one"
+
+
+def test_a_folder_called_like_a_caption_is_none(folder):
+    RED.save(folder / "x.png")
+    (folder / "x.txt").mkdir()
+    assert only(folder).caption == ""
+
+
+def test_a_tiny_picture_is_named(folder):
+    RED.resize((40, 31)).save(folder / "x.png")
+    with pytest.raises(ValueError, match="x.png is 40×31 pixels; at least 32 a side are needed"):
+        read_folder(folder)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_a_link_to_nothing_is_named(folder):
+    (folder / "x.png").symlink_to(folder / "gone.png")
+    assert fingerprint(folder)
+    with pytest.raises(ValueError, match="x.png cannot be read as a picture"):
+        read_folder(folder)
+
+
+def test_a_picture_with_endless_text_is_named(folder):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("note", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    RED.save(folder / "x.png", pnginfo=text)
+    with pytest.raises(ValueError, match="x.png cannot be read as a picture"):
+        read_folder(folder)
+
+
 def test_a_photo_of_a_mask_is_a_photo(folder):
     for name in ("venetian_mask.png", "hockey.JPG", "hockey_mask.png"):
         RED.save(folder / name)
@@ -183,6 +219,16 @@ def test_any_change_is_noticed(folder):
     captioned = fingerprint(folder)
     RED.convert("L").save(folder / "x.mask.png")
     assert len({before, touched, captioned, fingerprint(folder)}) == 4
+
+
+def test_what_is_not_read_changes_nothing(folder):
+    RED.save(folder / "x.png")
+    before = fingerprint(folder)
+    for name in ("rejects", ".cache"):
+        (folder / name).mkdir()
+        RED.save(folder / name / "y.png")
+    RED.save(folder / "._x.png")
+    assert fingerprint(folder) == before != fingerprint(folder, ALL)
 
 
 def test_what_a_file_manager_leaves_changes_nothing(folder):
