@@ -386,14 +386,14 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
     side = args.resolution or native_side(model)
     recipe = Recipe(args.word, offsets=not args.no_offsets, **{name: getattr(args, name) for name in NUMBERS})
 
-    def read() -> Samples:
-        return read_samples(args.folder, args.views, side, recipe.side, args.mirror, args.mask_floor,
-                            recipe.seed, lambda p: model.model.process_latent_in(vae_encode(vae, p)),
-                            fingerprint(vae.patcher), work, vision)
+    def read() -> tuple[Samples, Tensor]:
+        return read_samples(args.folder, args.views, side, recipe.side, args.mirror, args.mask_floor, recipe.seed,
+                            lambda p: model.model.process_latent_in(vae_encode(vae, p)), fingerprint(vae.patcher), work,
+                            vision), precision(clip)
 
-    samples = read() if workers.first_here else None
+    found = read() if workers.first_here else None  # others find on disk what it has made
     workers.wait()
-    samples = samples or read()
+    samples, metric = found or read()
     if workers.first:
         log.info("%d subjects in %d views; %d pictures could not be read.", *samples.latents.shape[:2],
                  samples.unreadable)
@@ -414,7 +414,7 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
         else:
             log.info("Unseen subjects, and what is drawn of them: %s", path)
 
-    domain = pretrain(model, clip, samples, recipe, Keeping(work, args.keep_minutes), precision(clip), workers,
+    domain = pretrain(model, clip, samples, recipe, Keeping(work, args.keep_minutes), metric, workers,
                       args.recompute, not args.fp32, kept=keep, start=args.start and load(args.start),
                       accumulation=args.accumulation, look=Look(vae, show))
     path = output / f"{name}.safetensors"

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..e4t import domain
 from ..e4t.import_release import domain_of, report
+from ..e4t.imported import ImportedEncoder
 from ..e4t.release import read_release
 from ..host.clip_vision import Vision, from_open_clip
 from ..host.folders import DOMAINS, domains_folder, folder_path, folders_with, free_name
@@ -34,7 +35,7 @@ class ConceptsImportE4T(io.ComfyNode):
                 )),
                 io.String.Input("name", default="", tooltip=(
                     "What the file in models/e4t is called; empty takes the domain's class word. The same name "
-                    "replaces it; that of a domain of the pack gets a number, as teddy_2."
+                    "replaces an earlier import; that of a domain of the pack gets a number, as teddy_2."
                 )),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip=(
                     "The CLIP vision that the release was trained with, ViT-H/14 of LAION for the published one. Only "
@@ -62,6 +63,10 @@ class ConceptsImportE4T(io.ComfyNode):
     def execute(cls, folder: str, name: str, clip_vision=None) -> io.NodeOutput:
         release = read_release(folder_path(DOMAINS, folder))
         file = free_name(DOMAINS, domain.file_name(name, release.domain_word), domain.ENDING)
+        there = domains_folder() / f"{file}{domain.ENDING}"
+        if there.exists() and not isinstance(domain.load(there).encoder, ImportedEncoder):
+            raise ValueError(f"{there.name} in models/e4t is a domain that was pretrained, which an import would "
+                             "replace; write another name.")
         eye = from_open_clip(release.clip_vision) if release.clip_vision else clip_vision
         if eye is None:
             raise ValueError(f"The encoder.pt of {folder} brings no CLIP vision along; connect the one that it was "

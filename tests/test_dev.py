@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("COMFYUI_", "PIP_", "PYTHONPATH")
+CHECKPOINT = ROOT / "microworld" / "weights" / "checkpoints" / "microworld.safetensors"
 
 
 def load(path: Path):
@@ -200,6 +202,22 @@ def test_an_isolated_python_will_do(env, host, arguments):
 def test_run_in_several_processes(env, host):
     code, said = cli(using(env, host), "run", "--processes", "2", "e4t/pretrain.py", "--help")
     assert code == 0 and said.count("usage: ") == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="PyTorch for Windows starts no such processes without libuv")
+def test_pretraining_in_two_processes_as_the_readme_says(env, host, tmp_path):
+    """Drawn by the sample world, on the sample model, until a domain is there that loads."""
+    prepared = using(env, host)
+    assert cli(prepared, "run", "microworld/domain.py", "car", tmp_path / "cars", "--instances", "12")[0] == 0
+    code, said = cli(prepared, "run", "--processes", "2", "e4t/pretrain.py", "--folder", tmp_path / "cars",
+                     "--checkpoint", CHECKPOINT, "--word", "car", "--steps", "4", "--batch-size", "4",
+                     "--accumulation", "2", "--resolution", "64", "--recognition", "5", "--output", tmp_path / "made",
+                     "--work", tmp_path / "work")
+    assert code == 0 and said.count("12 subjects in 4 views; 0 pictures could not be read.") == 1
+    assert re.search(r"step 4, unseen subjects: error \d\.\d+ by word and offsets", said)
+    assert (tmp_path / "made" / "car.safetensors").stat().st_size > 1e6
+    (drawn,) = re.findall(r"what is drawn of them: (.+\.png)", said)
+    Path(drawn).unlink()
 
 
 def test_run_takes_scripts_of_this_checkout(env, host, tmp_path):

@@ -10,6 +10,8 @@ import folder_paths
 import pytest
 import torch
 from concepts_pack.e4t import domain as domain_file
+from concepts_pack.e4t.domain import Domain
+from concepts_pack.e4t.encoder import Encoder, Shape
 from concepts_pack.e4t.import_release import domain_of, half_error, published_numbers
 from concepts_pack.e4t.method import Predictor
 from concepts_pack.e4t.release import MATRICES, read_release
@@ -290,6 +292,17 @@ def test_a_tuned_model_is_no_domain(models, extra):
     write(models / "cats", {"seed": 1, "pretrained_args": TRAINED}, encoder=weights(), **files)
     with pytest.raises(ValueError, match="whole model that was tuned on one picture of a cat.*import the folder"):
         run("ConceptsImportE4T", folder="cats", name="")
+
+
+def test_a_pretrained_domain_is_not_replaced(models):
+    shape = Shape((8, 16), 4, {"clip_l": 4}, {"layer": 4}, side=32)
+    domain_file.save(Domain("cat", "SD15", Encoder(shape), {}), models, "cat")
+    before = (models / "cat.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="^cat.safetensors in models/e4t is a domain that was pretrained.*another"):
+        run("ConceptsImportE4T", folder="cats", name="")
+    assert (models / "cat.safetensors").read_bytes() == before
+    for _ in range(2):
+        assert run("ConceptsImportE4T", folder="cats", name="cat-release").result
 
 
 def test_code_in_pickles_is_not_run(models):

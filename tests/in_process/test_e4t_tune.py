@@ -27,10 +27,12 @@ from concepts_pack.host.objective import denoising_error
 from concepts_pack.host.text import encode, rows
 from concepts_pack.host.weight_offsets import matrix_shapes
 from concepts_pack.perfusion.file import to_bytes
+from concepts_pack.perfusion.train import EditMethod, EditRecipe
 from concepts_pack.textual_inversion.train import Keeping, Preview, learn_word
 from concepts_pack.textual_inversion.word import row_size
 from concepts_pack.training.dataset import Lessons, gather
 from concepts_pack.training.draws import draw
+from safetensors.torch import load as load_tensors
 
 from . import ranks
 from .conftest import WIDTH
@@ -122,6 +124,18 @@ def test_an_edit_starts_where_the_encoder_puts_it(domain, model, clip):
         torch.testing.assert_close(concept.edit.values[name], own + expected.added[name], rtol=1e-4, atol=1e-4)
     cosine = torch.nn.functional.cosine_similarity(concept.edit.target_input, met, dim=0)
     assert cosine > 0.9 and not torch.equal(concept.edit.target_input, concept.edit.super_input)
+
+
+def test_its_file_is_no_larger_than_a_perfusion_concept(domain, photos, model, clip, vae):
+    recipe = EditRecipe("<mine>", "cat", steps=1, learning_rate=0.01, batch_size=1, seed=5, own_masks=False)
+    plain = learn_word(model, clip, vae, photos, recipe, QUIET, method_of=partial(EditMethod, METRIC, "toy")).concept
+    tuned = edited(domain, photos, model, clip, vae, 1)
+    assert shapes_of(tuned) == shapes_of(plain)
+    assert abs(len(to_bytes(tuned)) - len(to_bytes(plain))) < 1000  # thumbnails compress differently
+
+
+def shapes_of(concept):
+    return {name: tensor.shape for name, tensor in load_tensors(to_bytes(concept)).items()}
 
 
 @pytest.mark.parametrize("tune", [edited, whole])
