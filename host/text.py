@@ -203,7 +203,7 @@ def _rows(clip: CLIP, name: str, encoder: SDClipModel, text: str) -> Tensor:
 
     def vector(token: int | Tensor) -> Tensor:
         if isinstance(token, Tensor):
-            return token
+            return token.detach()  # A1111 saves what it trained with its gradient switched on
         return table(torch.tensor([token], device=table.weight.device), out_dtype=torch.float32)
 
     vectors = [vector(token).reshape(1, -1).cpu() for token in words]

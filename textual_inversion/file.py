@@ -178,7 +178,7 @@ def _checked(file: str, name: str, vectors: Tensor) -> Tensor:
     if vectors.dtype not in FLOATS:
         raise ValueError(f"{file} is not an embedding: {name!r} holds numbers of the kind {vectors.dtype}.")
     with torch.inference_mode(False):
-        vectors = vectors.to(torch.float32).clone()  # of its own: the file may be replaced, the word trained with
+        vectors = vectors.detach().to(torch.float32).clone()  # of its own: files are replaced, words trained with
     if not bool(vectors.isfinite().all()):
         raise ValueError(f"{file} is damaged: {name!r} holds values that are not finite numbers.")
     return vectors

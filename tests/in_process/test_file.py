@@ -183,6 +183,15 @@ def test_pickled_layouts_load(tmp_path, content, placeholder, ending):
     assert word.placeholder == placeholder and torch.equal(vectors, VECTORS[:len(vectors)])
 
 
+def test_what_was_saved_with_its_gradient_on_is_learned_from(tmp_path):
+    """A1111 and LDM save the parameter that they trained."""
+    trained = VECTORS.clone().requires_grad_()
+    torch.save({"string_to_param": {"*": trained}, "name": "cat"}, tmp_path / "cat.pt")
+    vectors = load(tmp_path / "cat.pt").words[0].vectors["clip_l"]
+    assert vectors.is_leaf and not vectors.requires_grad
+    torch.optim.AdamW([vectors.requires_grad_()])
+
+
 def test_older_diffusers_names_of_both_encoders(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"text_encoders_0": torch.ones(1, 768), "text_encoders_1": torch.ones(1, 1280)}, path)

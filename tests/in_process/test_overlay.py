@@ -49,6 +49,11 @@ def test_equals_the_embedding_file(clip, embeddings, ours, file):
     assert torch.equal(encode(with_words(clip, [one, three]), ours)[0], clip.encode_from_tokens(clip.tokenize(file)))
 
 
+def test_rows_of_an_embedding_saved_with_its_gradient_on_can_be_learned_from(clip, embeddings):
+    torch.save({"string_to_param": {"*": torch.ones(1, WIDTH, requires_grad=True)}}, embeddings / "trained.pt")
+    assert not rows(clip, "embedding:trained")["clip_l"].requires_grad
+
+
 @pytest.mark.parametrize(("written", "expected"), [
     ("<猫>", "<猫>"), ("<КОТ>", "<кот>"), ("<ΟΔΟΣ>", "<οδος>"), ("<οδοσ>", "<οδος>"), ("<İ>", "<İ>"), ("<ſ>", "<s>"),
     ("<été>", "<Été>"),
