@@ -1,10 +1,12 @@
 """Where the host keeps embeddings and results."""
 
+import logging
 import os
 from pathlib import Path
 
 import folder_paths
 
+log = logging.getLogger("concepts")
 CONCEPTS, DOMAINS = "concepts", "e4t"
 
 
@@ -62,6 +64,36 @@ def free_name(kind: str, name: str, ending: str) -> str:
     while any((Path(folder) / f"{free}{ending}").exists() for folder in others):
         free, number = f"{name}_{number}", number + 1
     return free
+
+
+def unused_name(kind: str, name: str, endings: tuple[str, ...], overwrite: bool) -> str:
+    """A name for a file in the first folder of a kind: with a counter where files of any folder answer to it.
+
+    With `overwrite` it stays as it is, and the log says which other files answer to it.
+    """
+    places, free, number = _places(kind), name, 2
+    while not overwrite and _answering(kind, places, free, endings):
+        free, number = f"{name}_{number}", number + 1
+    own = os.path.join(folder_paths.get_folder_paths(kind)[0], free)
+    for other in sorted(_answering(kind, places, free, endings) - {os.path.realpath(own + end) for end in endings}):
+        log.warning("%s and %s answer to the same name, of which ComfyUI loads only one; rename one of them.",
+                    own, other)
+    return free
+
+
+def _places(kind: str) -> list[str]:
+    """Where the host looks for a name: in the folders of a kind, and for embedding:name in all below them too."""
+    roots = folder_paths.get_folder_paths(kind)
+    if kind != "embeddings":
+        return roots
+    return [place for root in roots for place, *_ in os.walk(root, followlinks=True)]
+
+
+def _answering(kind: str, places: list[str], name: str, endings: tuple[str, ...]) -> set[str]:
+    """The files that the host may load for a name: of embeddings, those in any subfolder, as it tells no order."""
+    called = os.path.basename(name) if kind == "embeddings" else name
+    paths = (os.path.join(place, called + ending) for place in places for ending in endings)
+    return {os.path.realpath(path) for path in paths if os.path.exists(path)}
 
 
 def domains_folder() -> Path:

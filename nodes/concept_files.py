@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..e4t import difference_file
 from ..e4t.difference import Difference
-from ..host.folders import concepts_folder, embeddings_folder, file_names, file_path, loras_folder
+from ..host.folders import concepts_folder, embeddings_folder, file_names, file_path, loras_folder, unused_name
 from ..host.progress import shown
 from ..perfusion import file as edit_file
 from ..perfusion.use import names
@@ -72,21 +72,22 @@ class ConceptsSave(NamesFile):
     @classmethod
     def execute(cls, concept: ConceptValue, name: str, overwrite: bool,
                 layout: str = file.DEFAULT_LAYOUT) -> io.NodeOutput:
+        name = file.checked_name(name)
         if concept.edit is not None:
             if layout != file.DEFAULT_LAYOUT:
                 raise ValueError(f"The layout {layout!r} is for learned words, and {concept.words[0].placeholder} is "
                                  f"more than a word; choose {file.DEFAULT_LAYOUT!r}.")
-            folder = concepts_folder()
+            folder, name = concepts_folder(), unused_name("concepts", name, file.ENDINGS, overwrite)
             writer = difference_file if isinstance(concept.edit, Difference) else edit_file
             path = writer.save(concept, folder, name, overwrite)
             text, listed = concept.words[0].placeholder, _listed(path.relative_to(folder).as_posix(), _words())
             return io.NodeOutput(text, ui=shown(
                 f"Saved: choose {listed} in Load Concept, connect Apply Concept and write {text} in the prompt."
             ))
-        if file.checked_name(name).startswith(EDITS):
+        if name.startswith(EDITS):
             raise ValueError(f"Load Concept lists files of models/concepts as {EDITS}name, so a word cannot be called "
-                             f"{name.strip()!r}; choose another name.")
-        folder = embeddings_folder()
+                             f"{name!r}; choose another name.")
+        folder, name = embeddings_folder(), unused_name("embeddings", name, file.ENDINGS, overwrite)
         path = file.save(concept, folder, name, overwrite, layout)
         text = f"embedding:{path.relative_to(folder).with_suffix('').as_posix()}"
         return io.NodeOutput(text, ui=shown(f"Saved: write {text} in any prompt."))
@@ -203,6 +204,7 @@ class ConceptsBundle(NamesFile):
         if concept.edit is not None:
             raise ValueError(f"{concept.words[0].placeholder} is more than the word that fits into a LoRA; use Export "
                              "Concept as LoRA for a Perfusion concept, or Save Concept.")
+        name = unused_name("loras", file.checked_name(name), file.ENDINGS, overwrite)
         folder = loras_folder()
         path = file.bundle(concept, file_path("loras", lora), folder, name, overwrite)
         saved = path.relative_to(folder).as_posix()

@@ -3,13 +3,13 @@
 from comfy_api.latest import io
 
 from ..host.cross_attention import sizes
-from ..host.folders import loras_folder
+from ..host.folders import loras_folder, unused_name
 from ..host.progress import shown
 from ..perfusion.file import check_fits
 from ..perfusion.linear import linear_dual
 from ..perfusion.lora import to_bytes, to_lora
 from ..textual_inversion.concept import Concept as ConceptValue
-from ..textual_inversion.file import checked_name, free_path
+from ..textual_inversion.file import ENDINGS, checked_name, free_path
 from ..training.disk import write_whole
 from .applying import require_no_difference
 from .concept_files import NamesFile
@@ -56,6 +56,7 @@ class ConceptsExportLora(NamesFile):
         name = checked_name(name)
         check_fits(concept, sizes(model))
         tensors = to_lora(model, concept, linear_dual(clip, concept), strength)
+        name = unused_name("loras", name, ENDINGS, overwrite)
         path = free_path(loras_folder(), name, ".safetensors", overwrite)
         write_whole(path, to_bytes(tensors, concept))
         saved = path.relative_to(loras_folder()).as_posix()

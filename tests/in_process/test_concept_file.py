@@ -1,6 +1,7 @@
 """Concept files: byte-equal round trips, the true sizes, and one sentence for every kind of damage."""
 
 import copy
+import itertools
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import struct
 from dataclasses import replace
 
 import comfy.ops
+import comfy.sd1_clip
 import comfy.utils
 import folder_paths
 import pytest
@@ -18,6 +20,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from concepts_pack.e4t.difference import Difference
 from concepts_pack.host import folders
 from concepts_pack.host.cross_attention import cross_attentions
+from concepts_pack.host.folders import unused_name
 from concepts_pack.nodes.concept_files import ConceptsBundle, ConceptsLoad, ConceptsSave
 from concepts_pack.perfusion.concept import Edit
 from concepts_pack.perfusion.file import (
@@ -37,6 +40,7 @@ from concepts_pack.textual_inversion.concept import Concept, Word
 from concepts_pack.textual_inversion.file import with_metadata
 from concepts_pack.textual_inversion.templates import BY_KIND
 from concepts_pack.textual_inversion.train import record
+from safetensors.torch import save_file
 
 SD15 = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2, 2],
@@ -478,6 +482,54 @@ def test_an_embedding_in_a_folder_called_concepts_keeps_its_name(models):
     assert "choose concepts//mine.safetensors" in output.ui.as_dict()["text"][0]
     for name, placeholder in zip(listed(), ("<word>", "<edit>"), strict=True):
         assert ConceptsLoad.execute(name=name, placeholder="").result[1] == placeholder
+
+
+def test_embedding_and_the_name_mean_the_file_just_saved(models, caplog, monkeypatch):
+    """The host looks for a name in every subfolder, in no order."""
+    def found(text):
+        folders = [models / "embeddings", *(models / "embeddings").iterdir()]
+        for order in itertools.permutations(str(folder) for folder in folders if folder.is_dir()):
+            monkeypatch.setattr(comfy.sd1_clip, "expand_directory_list", lambda _, order=order: order)
+            yield comfy.sd1_clip.load_embed(text.removeprefix("embedding:"), "", 32, "clip_l")[0, 0].item()
+
+    def save(name, number, overwrite=False):
+        made = Concept((Word("<mine>", "cat", {"clip_l": torch.full((1, 32), number)}),))
+        text, = ConceptsSave.execute(concept=made, name=name, overwrite=overwrite).result
+        return text
+
+    texts = [save(name, float(number)) for number, name in enumerate(("people/anna", "old/anna", "anna", "old/ben"))]
+    assert texts == [f"embedding:{name}" for name in ("people/anna", "old/anna_2", "anna_3", "old/ben")]
+    assert [set(found(text)) for text in texts] == [{0}, {1}, {2}, {3}] and not caplog.messages
+    assert save("old/ben", 4.0, overwrite=True) == "embedding:old/ben" and not caplog.messages
+    assert save("ben", 5.0, overwrite=True) == "embedding:ben"
+    assert f"ben and {models / 'embeddings' / 'old' / 'ben.safetensors'} answer to the same name" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "concepts", "loras"])
+def test_a_file_of_another_models_folder_is_not_hidden(models, monkeypatch, caplog, kind):
+    first, second = models / kind, models / "second"
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(first), str(second)], {".safetensors"}))
+    for path in (first / "mine.pt", second / "mine_2.safetensors", second / "people" / "anna.safetensors"):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.touch()
+    assert [unused_name(kind, name, word_file.ENDINGS, False) for name in ("mine", "people/anna", "people/ben")] == [
+        "mine_3", "people/anna_2", "people/ben"]
+    assert not caplog.messages and unused_name(kind, "mine", word_file.ENDINGS, True) == "mine"
+    assert not caplog.messages and unused_name(kind, "people/anna", word_file.ENDINGS, True) == "people/anna"
+    assert f"{second / 'people' / 'anna.safetensors'} answer to the same name" in caplog.messages[0]
+
+
+def test_the_nodes_hide_no_file_of_another_models_folder(models, monkeypatch):
+    for kind in ("concepts", "loras"):
+        first, second = models / kind, models / "second" / kind
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(first), str(second)], {".safetensors"}))
+        second.mkdir(parents=True)
+        (second / "mine.safetensors").touch()
+    save_file({"x.lora_up.weight": torch.ones(2, 2)}, models / "second" / "loras" / "style.safetensors")
+    ConceptsSave.execute(concept=concept(), name="mine", overwrite=False)
+    ConceptsBundle.execute(concept=Concept(concept().words), lora="style.safetensors", name="mine", overwrite=False)
+    assert [[path.name for path in (models / kind).iterdir()] for kind in ("concepts", "loras")] == [
+        ["mine_2.safetensors"], ["mine_2.safetensors"]]
 
 
 def test_the_folder_is_registered_once_and_behind_the_users_own(tmp_path, monkeypatch):

@@ -235,6 +235,14 @@ def test_node_writes_what_loaders_list(model, clip, loras):
     assert (metadata["modelspec.base_model"], metadata["ss_network_dim"]) == ("SD15", "1")
 
 
+def test_node_hides_no_file_of_another_loras_folder(model, clip, loras, monkeypatch):
+    second = loras / "second"
+    second.mkdir()
+    (second / "mine.safetensors").touch()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(loras), str(second)], {".safetensors"}))
+    assert export(model, clip, made_for(model)).result == ("mine_2.safetensors",)
+
+
 @pytest.mark.parametrize("family", ["SD15", "SDXL"])
 def test_the_word_comes_along(model, clip, pair, loras, family):
     base, encoder = (model, clip) if family == "SD15" else (make_model(family=family), pair)

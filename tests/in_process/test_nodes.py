@@ -99,8 +99,8 @@ def test_train_save_load_apply(training, clip, model, folders):
     assert len(losses["loss"]) == 2 and sheet.shape[::3] == (1, 3) and 0 <= sheet.min() <= sheet.max() <= 1
     (text,) = run("ConceptsSave", concept=concept, name="mine", overwrite=False).result
     assert text == "embedding:mine" and (folders / "mine.safetensors").exists()
-    (text,) = run("ConceptsSave", concept=concept, name="people/mine", overwrite=False).result
-    assert text == "embedding:people/mine"
+    (text,) = run("ConceptsSave", concept=concept, name="people/anna", overwrite=False).result
+    assert text == "embedding:people/anna"
     loaded, placeholder = run("ConceptsLoad", name="mine.safetensors", placeholder="").result
     assert placeholder == "<mine>"
     same_model, applied = run("ConceptsApply", model=model, clip=clip, concept=loaded, strength=1.0).result
