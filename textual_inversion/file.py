@@ -4,7 +4,6 @@ import json
 import os
 import re
 import struct
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..training.disk import read_safetensors, write_whole
 from .concept import Concept, Word
-from .formats import Found, read, to_pickle, words_in
+from .formats import Found, in_brackets, read, to_pickle, trained_words, words_in
 from .word import PLACEHOLDER, check_placeholder
 
 LAYOUTS = {"ComfyUI, A1111, kohya": ".safetensors", "diffusers": ".safetensors", "diffusers (.bin)": ".bin",
@@ -80,6 +79,8 @@ def bundle(concept: Concept, lora: Path, folder: Path, name: str, overwrite: boo
         if any(key.startswith(f"bundle_emb.{title}.") for key in tensors):
             raise ValueError(f"{lora.name} already holds a word called {title!r}; give one of the two another name.")
         tensors |= bundled(word)
+    words = [*trained_words(metadata), *(word.placeholder for word in concept.words)]
+    metadata["trained_words"] = json.dumps(words)  # as prompts write them, which the keys of tensors do not say
     data = with_metadata(safetensors.torch.save(tensors), metadata)
     del tensors  # mapped from the LoRA, which Windows would not let be replaced by its copy
     return write_named(data, folder, name, ".safetensors", overwrite)
@@ -114,7 +115,7 @@ def _concept(file: str, stem: str, found: Found, metadata: dict[str, str], place
     words = []
     for name, tensors in found.items():
         vectors = {encoder: _checked(file, encoder, tensor) for encoder, tensor in tensors.items()}
-        written = placeholder or metadata.get("concepts.placeholder") or _placeholder(name or stem)
+        written = placeholder or metadata.get("concepts.placeholder") or name or in_brackets(stem)
         check_placeholder(written)
         words.append(Word(written, class_word, vectors))
     return Concept(tuple(words), metadata=metadata)
@@ -160,13 +161,6 @@ def free_path(folder: Path, name: str, ending: str, overwrite: bool) -> Path:
             raise ValueError(f"There is a {free}{other} too, which programs would go on loading instead of "
                              f"{free}{ending}; remove it first or choose another name.")
     return folder / f"{free}{ending}"
-
-
-def _placeholder(name: str) -> str:
-    """The name in a file as prompts can write it: <my-cat> for 'my cat', and <cat> as it is."""
-    name = unicodedata.normalize("NFC", name)  # as keyboards write it; some disks take é apart
-    one_word = re.sub(r"[^\w-]+", "-", name)
-    return name if PLACEHOLDER.fullmatch(name) and name.startswith("<") else f"<{one_word}>"
 
 
 def _checked(file: str, name: str, vectors: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ Layouts are told apart by their keys. Pickled files are read by torch's weights-
 """
 
 import io
+import json
 import re
+import unicodedata
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,18 +17,20 @@ from torch import Tensor
 from torch.nn.modules.container import ParameterDict
 
 from ..training.disk import read_pickle, read_safetensors
+from .word import PLACEHOLDER
 
 ENCODERS = ("clip_l", "clip_g", "clip_h")
 ENCODER_OF_WIDTH = {1024: "clip_h", 1280: "clip_g"}
 ENCODER_OF_KEY = {name: name for name in ENCODERS} | {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 LARGEST = 64 * 2**20  # bytes of a pickled file; a word of 75 vectors takes less than one
 BUNDLED = re.compile(r"bundle_emb\.(?P<name>.+?)\.(?P<key>string_to_param\.\*|clip_l|clip_g|clip_h)")
+UNNAMED = ("emb_params", "embedding", "weight")  # keys of a file's only tensor that are no placeholders
 
-Found = dict[str, dict[str, Tensor]]  # placeholder or name, which may be empty -> tensor by encoder
+Found = dict[str, dict[str, Tensor]]  # placeholder, which may be empty -> tensor by encoder
 
 
 def read(path: Path) -> tuple[Found, dict[str, str]]:
-    """The words in a file, by the name the file gives them ('' for none), and its metadata.
+    """The words in a file, by the placeholder the file gives them ('' for none), and its metadata.
 
     Raises ValueError that names the file when it cannot be read or holds something else.
     """
@@ -42,7 +46,7 @@ def to_pickle(layout: str, placeholder: str, vectors: Tensor) -> bytes:
     content = {placeholder: vectors}
     if layout == "A1111":
         content = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": placeholder.strip("<>"),
-                   "step": 0, "sd_checkpoint": None, "sd_checkpoint_name": None}
+                   "step": 0, "sd_checkpoint": None, "sd_checkpoint_name": None, "concepts.placeholder": placeholder}
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
@@ -63,16 +67,46 @@ def words_in(file: str, content: dict[str, Any], metadata: dict[str, str]) -> Fo
     bundled = [(match, content[key]) for key in content if (match := BUNDLED.fullmatch(key))]
     if bundled:
         found: Found = {}
+        spelled = {word.strip("<>"): word for word in trained_words(metadata) if PLACEHOLDER.fullmatch(word)}
         for match, tensor in bundled:
+            name = spelled.get(match["name"]) or in_brackets(match["name"])
             encoder = _encoder_of(tensor, {}) if match["key"].endswith("*") else match["key"]
-            found.setdefault(match["name"], {})[encoder] = tensor
+            found.setdefault(name, {})[encoder] = tensor
         return found
     if "string_to_param" in content:
-        return {str(content.get("name") or ""): _one(file, _parameters(content["string_to_param"]), metadata)}
+        tensors = _parameters(content["string_to_param"])
+        name = content.get("concepts.placeholder") or _placeholder(tensors) or in_brackets(content.get("name") or "")
+        return {name: _one(file, tensors, metadata)}
     if content and content.keys() <= ENCODER_OF_KEY.keys():
         return {"": {ENCODER_OF_KEY[key]: tensor for key, tensor in content.items()}}
-    name = next(iter(content), "")
-    return {str(name) if str(name).startswith("<") else "": _one(file, content, metadata)}
+    return {_placeholder(content): _one(file, content, metadata)}
+
+
+def in_brackets(name: str) -> str:
+    """A name as prompts can write it: <my-cat> for 'my cat', <cat> as it is, and '' for ''."""
+    name = unicodedata.normalize("NFC", name)  # as keyboards write it; some disks take é apart
+    if not name or PLACEHOLDER.fullmatch(name) and name.startswith("<"):
+        return name
+    one_word = re.sub(r"[^\w-]+", "-", name)
+    return f"<{one_word}>"
+
+
+def trained_words(metadata: Mapping[str, str]) -> list[str]:
+    """The words in a file's header that call up what it holds, as prompts write them."""
+    text = metadata.get("trained_words", "[]")
+    try:
+        words = json.loads(text)
+    except (ValueError, RecursionError):
+        return [text]
+    return [word for word in words if isinstance(word, str)] if isinstance(words, list) else [text]
+
+
+def _placeholder(tensors: Mapping[str, Any]) -> str:
+    """The key of a file's only tensor, which diffusers calls by the placeholder; '' for one that is none."""
+    key = next(iter(tensors), "")
+    if key.startswith("<"):
+        return in_brackets(key)
+    return key if PLACEHOLDER.fullmatch(key) and key not in UNNAMED else ""
 
 
 def _parameters(kept: Any) -> dict[str, Any]:

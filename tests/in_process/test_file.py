@@ -107,7 +107,7 @@ def test_names_that_only_look_like_those(name):
 
 
 def test_other_embeddings_load(tmp_path):
-    save_file({"whatever": torch.ones(768).half()}, tmp_path / "foreign.safetensors")
+    save_file({"emb_params": torch.ones(768).half()}, tmp_path / "foreign.safetensors")
     word, = load(tmp_path / "foreign.safetensors").words
     assert word.placeholder == "<foreign>" and word.vectors["clip_l"].shape == (1, 768)
     assert word.vectors["clip_l"].dtype == torch.float32
@@ -143,13 +143,14 @@ def test_what_is_not_an_embedding_is_named(tmp_path, tensors, complaint):
 VECTORS = torch.randn(2, 768, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("placeholder", ["<mine>", "zwx", "zwx-cat", "猫"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_round_trips(tmp_path, layout):
-    path = save(concept(clip_l=VECTORS), tmp_path, "mine", layout=layout)
+def test_every_layout_round_trips(tmp_path, layout, placeholder):
+    path = save(concept(placeholder, clip_l=VECTORS), tmp_path, "mine", layout=layout)
     assert path.suffix == LAYOUTS[layout]
     word, = load(path).words
     assert torch.equal(word.vectors["clip_l"], VECTORS)
-    assert word.placeholder == "<mine>"
+    assert word.placeholder == placeholder
     assert torch.equal(comfy.sd1_clip.load_embed("mine", str(tmp_path), 768, "clip_l"), VECTORS)
 
 
@@ -173,8 +174,12 @@ def old_ldm():
     (old_ldm(), "<foreign>"),
     ({"<dog>": VECTORS}, "<dog>"),
     ({"<dog>": VECTORS[0]}, "<dog>"),
+    ({"sks-cat": VECTORS}, "sks-cat"),
+    ({"my cat": VECTORS}, "<foreign>"),
     ({"emb_params": VECTORS}, "<foreign>"),
-], ids=["A1111", "LDM", "LDM of old", "diffusers", "diffusers, one vector", "kohya"])
+    ({"string_to_token": {"zwx": 265}, "string_to_param": {"zwx": VECTORS}}, "zwx"),
+], ids=["A1111", "LDM", "LDM of old", "diffusers", "diffusers, one vector", "diffusers without brackets",
+        "no placeholder", "kohya", "LDM with a placeholder"])
 @pytest.mark.parametrize("ending", [".pt", ".bin"])
 def test_pickled_layouts_load(tmp_path, content, placeholder, ending):
     torch.save(content, tmp_path / f"foreign{ending}")
@@ -206,7 +211,9 @@ def test_words_bundled_in_a_lora(tmp_path):
     cat, dog = load(tmp_path / "lora.safetensors").words
     assert (cat.placeholder, dog.placeholder) == ("<cat>", "<dog>")
     assert torch.equal(cat.vectors["clip_l"], VECTORS) and dog.vectors.keys() == {"clip_l", "clip_g"}
-    with pytest.raises(ValueError, match=r"holds 2 words \(cat, dog\); leave the placeholder empty"):
+    save_file({"bundle_emb.my cat.clip_l": VECTORS}, tmp_path / "x.safetensors", {"trained_words": '["my cat"]'})
+    assert load(tmp_path / "x.safetensors").words[0].placeholder == "<my-cat>"
+    with pytest.raises(ValueError, match=r"holds 2 words \(<cat>, <dog>\); leave the placeholder empty"):
         load(tmp_path / "lora.safetensors", "<mine>")
     save_file({"<flora>": VECTORS}, tmp_path / "flora.safetensors")
     assert load(tmp_path / "flora.safetensors").words[0].placeholder == "<flora>"
@@ -225,9 +232,18 @@ def test_bundling_keeps_the_lora_and_adds_the_word(tmp_path, encoders):
     word, = load(path).words
     assert word.placeholder == "<mine>" and word.vectors.keys() == set(encoders)
     assert all(torch.equal(word.vectors[name], vectors[name]) for name in encoders)
-    assert json.loads(comfy.utils.safetensors_header(str(path)))["__metadata__"] == {"ss_network_dim": "2"}
+    assert json.loads(comfy.utils.safetensors_header(str(path)))["__metadata__"] == {
+        "ss_network_dim": "2", "trained_words": '["<mine>"]'}
     with pytest.raises(ValueError, match="both.safetensors already holds a word called 'mine'"):
         bundle(concept(), path, tmp_path, "again")
+
+
+@pytest.mark.parametrize("said", ["[]", '["zwx cat", "<zwx>"]', "zwx cat, zwx", "{}", "[" * 10000])
+def test_bundled_words_keep_their_spelling(tmp_path, said):
+    save_file({"x.lora_up.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors", {"trained_words": said})
+    once = bundle(concept("zwx"), tmp_path / "lora.safetensors", tmp_path, "once")
+    twice = bundle(concept("<mine>"), once, tmp_path, "twice")
+    assert {word.placeholder for word in load(twice).words} == {"zwx", "<mine>"}
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which files are mapped")

@@ -254,6 +254,12 @@ def test_the_word_comes_along(model, clip, pair, loras, family):
     assert all(torch.equal(v, made.words[0].vectors[n]) for n, v in word.vectors.items())
 
 
+def test_the_word_keeps_its_spelling(model, clip, loras):
+    made = made_for(model)
+    export(model, clip, replace(made, words=(replace(made.words[0], placeholder="zwx"),)))
+    assert word_file.load(loras / "mine.safetensors").words[0].placeholder == "zwx"
+
+
 def test_node_says_what_does_not_go_together(model, clip, pair, loras):
     made = made_for(model)
     values = dict(made.edit.values)
