@@ -24,6 +24,7 @@ ENCODER_OF_WIDTH = {1024: "clip_h", 1280: "clip_g"}
 ENCODER_OF_KEY = {name: name for name in ENCODERS} | {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 LARGEST = 64 * 2**20  # bytes of a pickled file; a word of 75 vectors takes less than one
 BUNDLED = re.compile(r"bundle_emb\.(?P<name>.+?)\.(?P<key>string_to_param\.\*|clip_l|clip_g|clip_h)")
+OF_THE_WORD = re.compile(r"concepts\..+|modelspec\.base_model")  # in the header of a LoRA with words
 UNNAMED = ("emb_params", "embedding", "weight")  # keys of a file's only tensor that are no placeholders
 
 Found = dict[str, dict[str, Tensor]]  # placeholder, which may be empty -> tensor by encoder
@@ -38,7 +39,10 @@ def read(path: Path) -> tuple[Found, dict[str, str]]:
         metadata, content = read_safetensors(path, BUNDLED)
     else:
         metadata, content = {}, _unpickled(path)
-    return words_in(path.name, content, metadata), metadata
+    found = words_in(path.name, content, metadata)
+    if any(map(BUNDLED.fullmatch, content)):
+        metadata = {key: text for key, text in metadata.items() if OF_THE_WORD.fullmatch(key)}
+    return found, metadata
 
 
 def to_pickle(layout: str, placeholder: str, vectors: Tensor) -> bytes:

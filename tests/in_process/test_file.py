@@ -246,6 +246,19 @@ def test_bundled_words_keep_their_spelling(tmp_path, said):
     assert {word.placeholder for word in load(twice).words} == {"zwx", "<mine>"}
 
 
+def test_a_word_out_of_a_lora_leaves_the_header_of_the_lora_behind(tmp_path):
+    of_the_lora = {"ss_network_module": "networks.lora", "modelspec.architecture": "stable-diffusion-v1/lora",
+                   "ss_tag_frequency": "{}", "ssmd_cover_images": "[]", "trained_words": '["style"]'}
+    save_file({"bundle_emb.cat.clip_l": VECTORS}, tmp_path / "lora.safetensors",
+              {**of_the_lora, "modelspec.base_model": "SD15", "concepts.training": '{"steps": 3}'})
+    path = save(load(tmp_path / "lora.safetensors"), tmp_path, "cat")
+    metadata = json.loads(comfy.utils.safetensors_header(str(path)))["__metadata__"]
+    assert metadata == {
+        "modelspec.base_model": "SD15", "concepts.training": '{"steps": 3}', "concepts.format": "1",
+        "concepts.placeholder": "<cat>", "concepts.class_word": "", "concepts.encoder": "clip_l",
+        "trained_words": '["<cat>"]'}
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which files are mapped")
 def test_a_lora_can_be_replaced_by_its_bundle(tmp_path, monkeypatch):
     """Windows refuses to replace a file while a tensor is mapped from it."""
