@@ -200,6 +200,11 @@ class ConceptsBundle(NamesFile):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, lora: str | None, **inputs) -> str:
+        """A LoRA that was written anew is read anew, unless its name is linked: the host does not tell it then."""
+        return _stamp(file_path("loras", lora)) if lora else ""
+
+    @classmethod
     def execute(cls, concept: ConceptValue, lora: str, name: str, overwrite: bool) -> io.NodeOutput:
         if concept.edit is not None:
             raise ValueError(f"{concept.words[0].placeholder} is more than the word that fits into a LoRA; use Export "

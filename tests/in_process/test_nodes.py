@@ -148,6 +148,11 @@ def test_words_travel_in_a_lora(training, folders, tmp_path, monkeypatch):
     assert (name, placeholder) == ("both.safetensors", "<mine>")
     assert torch.equal(loaded.words[0].vectors["clip_l"], concept.words[0].vectors["clip_l"])
     assert NODES["ConceptsLoadLoraWords"].fingerprint_inputs(name)
+    inputs = {"concept": [concept], "lora": "style.safetensors", "name": "both", "overwrite": False}
+    before = NODES["ConceptsBundle"].fingerprint_inputs(**inputs)
+    assert before == NODES["ConceptsBundle"].fingerprint_inputs(**inputs)
+    os.utime(loras / "style.safetensors", (1, 1))
+    assert before != NODES["ConceptsBundle"].fingerprint_inputs(**inputs)
 
 
 def test_a_folder_is_loaded_for_training(training, tmp_path, monkeypatch):
