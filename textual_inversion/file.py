@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..training.disk import read_safetensors, write_whole
 from .concept import Concept, Word
-from .formats import Found, in_brackets, read, to_pickle, trained_words, words_in
+from .formats import Found, in_brackets, is_plain, read, to_pickle, trained_words, words_in
 from .word import PLACEHOLDER, check_placeholder
 
 LAYOUTS = {"ComfyUI, A1111, kohya": ".safetensors", "diffusers": ".safetensors", "diffusers (.bin)": ".bin",
@@ -166,6 +166,8 @@ def free_path(folder: Path, name: str, ending: str, overwrite: bool) -> Path:
 def _checked(file: str, name: str, vectors: Tensor) -> Tensor:
     if not isinstance(vectors, Tensor):
         raise ValueError(f"{file} is not an embedding: it holds a {type(vectors).__name__}.")
+    if not is_plain(vectors):
+        raise ValueError(f"{file} is not an embedding: {name!r} is sparse, nested, quantised or without numbers.")
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     if vectors.ndim != 2 or not 1 <= len(vectors) <= LONGEST or not 1 <= vectors.shape[1] <= WIDEST:
         raise ValueError(f"{file} is not an embedding: {name!r} has the shape {tuple(vectors.shape)}.")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.container import ParameterDict
 
-from ..training.disk import read_pickle, read_safetensors
+from ..training.disk import read_pickle, read_safetensors, unpacked_size
 from .word import PLACEHOLDER
 
 ENCODERS = ("clip_l", "clip_g", "clip_h")
@@ -57,12 +57,16 @@ def to_pickle(layout: str, placeholder: str, vectors: Tensor) -> bytes:
 
 
 def _unpickled(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
+    size = unpacked_size(path)
     if size > LARGEST:
         raise ValueError(f"{path.name} is not an embedding: it is {size >> 20} MB large.")
     content = read_pickle(path, [ParameterDict, OrderedDict, defaultdict])  # the original LDM code saved ParameterDicts
     if not isinstance(content, Mapping):
         raise ValueError(f"{path.name} is not an embedding: it holds a {type(content).__name__}.")
+    for key in content:
+        if not isinstance(key, str):
+            raise ValueError(f"{path.name} is not an embedding: it holds something under a {type(key).__name__} in "
+                             "place of a name.")
     return dict(content)
 
 
@@ -79,8 +83,8 @@ def words_in(file: str, content: dict[str, Any], metadata: dict[str, str]) -> Fo
         return found
     if "string_to_param" in content:
         tensors = _parameters(content["string_to_param"])
-        name = content.get("concepts.placeholder") or _placeholder(tensors) or in_brackets(content.get("name") or "")
-        return {name: _one(file, tensors, metadata)}
+        written, name = (_text(content.get(key)) for key in ("concepts.placeholder", "name"))
+        return {written or _placeholder(tensors) or in_brackets(name): _one(file, tensors, metadata)}
     if content and content.keys() <= ENCODER_OF_KEY.keys():
         return {"": {ENCODER_OF_KEY[key]: tensor for key, tensor in content.items()}}
     return {_placeholder(content): _one(file, content, metadata)}
@@ -107,7 +111,7 @@ def trained_words(metadata: Mapping[str, str]) -> list[str]:
 
 def _placeholder(tensors: Mapping[str, Any]) -> str:
     """The key of a file's only tensor, which diffusers calls by the placeholder; '' for one that is none."""
-    key = next(iter(tensors), "")
+    key = _text(next(iter(tensors), ""))
     if key.startswith("<"):
         return in_brackets(key)
     return key if PLACEHOLDER.fullmatch(key) and key not in UNNAMED else ""
@@ -117,9 +121,14 @@ def _parameters(kept: Any) -> dict[str, Any]:
     """`string_to_param`, whether a dict, a ParameterDict of today or one that torch before 1.12 pickled."""
     if isinstance(kept, torch.nn.Module):
         state = vars(kept)
-        return {key: value for key, value in {**state.get("_parameters", {}), **state}.items()
-                if isinstance(value, Tensor)}
+        inner = state.get("_parameters")
+        kept = {**(inner if isinstance(inner, Mapping) else {}), **state}
+        return {key: value for key, value in kept.items() if isinstance(value, Tensor)}
     return dict(kept) if isinstance(kept, Mapping) else {}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _one(file: str, tensors: Mapping[str, Any], metadata: dict[str, str]) -> dict[str, Tensor]:
@@ -131,12 +140,18 @@ def _one(file: str, tensors: Mapping[str, Any], metadata: dict[str, str]) -> dic
         raise ValueError(f"{file} is not an embedding: it is more than a learned word and belongs in models/concepts.")
     if len(tensors) > 1:
         raise ValueError(f"{file} is not an embedding: it holds {len(tensors)} tensors, "
-                         f"one of them {next(iter(tensors))!r}.")
+                         f"one of them {str(next(iter(tensors)))[:80]!r}.")
     (tensor,) = tensors.values()
     return {_encoder_of(tensor, metadata): tensor}
 
 
 def _encoder_of(tensor: Any, metadata: dict[str, str]) -> str:
     named = metadata.get("concepts.encoder")
-    width = tensor.shape[-1] if isinstance(tensor, Tensor) and tensor.ndim else 0
+    width = tensor.shape[-1] if is_plain(tensor) and tensor.ndim else 0
     return named if named in ENCODERS else ENCODER_OF_WIDTH.get(width, "clip_l")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a tensor with all its numbers in memory: not sparse, nested, quantised or without any."""
+    return (isinstance(value, Tensor) and value.layout == torch.strided
+            and not (value.is_nested or value.is_quantized or value.is_meta))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from secrets import token_hex
@@ -39,6 +40,16 @@ def read_whole(path: Path, largest: int, kind: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path.name} is not a readable safetensors file: {error.strerror or error}.") from error
+
+
+def unpacked_size(path: Path) -> int:
+    """The bytes that a file takes, unpacked where it is a zip, as pickles of torch are; damaged ones as they lie."""
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as packed:
+            return max(size, sum(entry.file_size for entry in packed.infolist()))
+    except Exception:  # zipfile raises whatever a damaged file provokes
+        return size
 
 
 def read_safetensors(path: Path, only: re.Pattern | None = None) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import warnings
+import zipfile
 from pathlib import Path
 
 import comfy.sd1_clip
@@ -306,6 +308,53 @@ def test_other_pickles_are_named(tmp_path, content):
     torch.save(content, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match="odd.pt (is not an embedding|holds no embedding)"):
         load(tmp_path / "odd.pt")
+
+
+def nested(*parts):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor(list(parts))
+
+
+def with_odd_parameters():
+    parameters = torch.nn.ParameterDict()
+    parameters.__dict__["_parameters"] = 1
+    return parameters
+
+
+@pytest.mark.parametrize("content", [
+    {265: VECTORS}, {torch.ones(1): VECTORS}, {("a",): VECTORS}, {"cat": VECTORS.to_sparse()},
+    {"cat": VECTORS.to("meta")}, {"cat": nested(VECTORS, VECTORS[:1])},
+    {"clip_l": nested(VECTORS)}, {"bundle_emb.cat.clip_l": VECTORS.to_sparse()},
+    {"cat": torch.quantize_per_tensor(VECTORS, 0.1, 0, torch.qint8)}, {"string_to_param": with_odd_parameters()},
+    {"string_to_param": {torch.ones(99): VECTORS, "b": VECTORS}},
+], ids=["number", "tensor", "tuple", "sparse", "meta", "nested", "nested encoder", "sparse bundle", "quantised",
+        "parameters", "tensors as names"])
+@pytest.mark.filterwarnings("ignore")
+def test_hostile_pickles_are_one_sentence(tmp_path, content):
+    torch.save(content, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=r"^odd.pt (is not an embedding: [^\n]*\.|holds no embedding\.)$"):
+        load(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize("more", [{"name": VECTORS}, {"name": 3, "concepts.placeholder": [1]},
+                                  {"string_to_param": {265: VECTORS}}, {"string_to_param": {torch.ones(1): VECTORS}}])
+def test_a_name_that_is_no_text_is_none(tmp_path, more):
+    torch.save({"string_to_param": {"*": VECTORS}} | more, tmp_path / "odd.pt")
+    assert load(tmp_path / "odd.pt").words[0].placeholder == "<odd>"
+
+
+def test_what_unpacks_to_more_than_any_embedding_is_not_unpacked(tmp_path, monkeypatch):
+    """Deflated, zeros take a thousandth."""
+    torch.save({"<dog>": torch.zeros(75, 2**18)}, tmp_path / "large.pt")
+    with zipfile.ZipFile(tmp_path / "large.pt") as large, \
+            zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for entry in large.infolist():
+            bomb.writestr(entry.filename, large.read(entry))
+    assert (tmp_path / "bomb.pt").stat().st_size < 2**20
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(ValueError, match="bomb.pt is not an embedding: it is 75 MB large"):
+        load(tmp_path / "bomb.pt")
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"i\xb1\x6a\x6a\x6a", b"\x80\x02", b"junk" * 99, b"PK\x03\x04", None])
