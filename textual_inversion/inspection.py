@@ -54,5 +54,8 @@ def _word(clip: CLIP, word: Word) -> list[str]:
 
 def _training(metadata: Mapping[str, str]) -> list[str]:
     lines = [f"base: {metadata['modelspec.base_model']}"] if "modelspec.base_model" in metadata else []
-    record = json.loads(metadata.get("concepts.training", "{}"))
-    return lines + [f"{name}: {value}" for name, value in record.items() if name not in ("placeholder", "init_text")]
+    try:
+        record = json.loads(metadata.get("concepts.training", "{}"))
+        return lines + [f"{name}: {text}" for name, text in record.items() if name not in ("placeholder", "init_text")]
+    except (ValueError, RecursionError, AttributeError):
+        return [*lines, "how it was trained cannot be read: concepts.training in its file is damaged"]

@@ -12,6 +12,7 @@ import folder_paths
 import pytest
 import torch
 from comfy_api.latest import io
+from concepts_pack.textual_inversion.concept import Concept, Word
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -185,6 +186,13 @@ def test_inspection_names_lengths_and_nearest_words(training, clip):
     assert page.startswith("learned word\n<mine>, learned from “cat”") and "clip_l: 1 × 32 numbers" in page
     assert "nearest cat " in page
     assert "steps_done: 2" in page and "base: SD15" in page
+
+
+@pytest.mark.parametrize("record", ["[1]", "hello", "[" * 10000])
+def test_a_damaged_record_of_the_training_does_not_keep_the_rest_from_inspection(clip, record):
+    word = Word("<mine>", "cat", {"clip_l": torch.ones(1, 32)})
+    page, _ = run("ConceptsInspect", concept=Concept((word,), metadata={"concepts.training": record}), clip=clip).result
+    assert "clip_l: 1 × 32 numbers" in page and page.endswith("concepts.training in its file is damaged")
 
 
 def test_a_missing_file_is_named():
