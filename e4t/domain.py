@@ -148,7 +148,7 @@ def _shape(name: str, metadata: Mapping[str, str]) -> Shape:
     try:
         given = json.loads(metadata.get("e4t.shape", ""))
         shape = Shape(**{**given, "levels": tuple(given["levels"])})
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{name} is damaged: its e4t.shape is no shape of an encoder.") from error
     sizes = (*shape.levels, shape.unet, shape.side, shape.width, shape.code)
     parts = (shape.words, shape.values)

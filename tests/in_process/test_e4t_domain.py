@@ -54,6 +54,7 @@ WRONG = {
     "names no class word": {"concepts__class_word": " "},
     "e4t.scale": {"e4t__scale": "nan"},
     "no shape of an encoder": {"e4t__shape": json.dumps({"levels": [8], "unet": 1e9, "words": {}, "values": {}})},
+    "e4t.shape is no shape": {"e4t__shape": "[" * 10000},
     "also holds a tensor": {"tensors": {"encoder.more": torch.zeros(1)}},
     "lacks the tensor": {"drop": ("encoder.unet.bias",)},
     "has the shape": {"tensors": {"encoder.unet.bias": torch.zeros(3)}},
