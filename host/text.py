@@ -101,7 +101,7 @@ def written_words(clip: CLIP, text: str) -> list[str]:
     words = []
     for token, *_ in next(iter(clip.tokenize(text).values()))[0]:
         learned = isinstance(token, Tensor)
-        words.append("learned word" if learned else tokenizer.inv_vocab[token].removesuffix("</w>"))
+        words.append("learned word" if learned else tokenizer.tokenizer.decode([token]))
         if not learned and token == tokenizer.end_token:
             break
     return words
@@ -153,10 +153,10 @@ def is_ordinary_word(clip: CLIP, word: str) -> bool:
 
 def vocabulary(clip: CLIP, encoder: str) -> tuple[list[str], Tensor]:
     """The whole words of an encoder's vocabulary and their embedding rows (v d), on the CPU."""
-    tokens = _tokenizers(clip)[encoder].tokenizer.get_vocab()
-    words = {token.removesuffix("</w>"): row for token, row in tokens.items() if token.endswith("</w>")}
+    tokenizer = _tokenizers(clip)[encoder].tokenizer
+    whole = [row for token, row in tokenizer.get_vocab().items() if token.endswith("</w>")]
     table = _embedding(encoders(clip)[encoder]).weight.detach().cpu()
-    return list(words), table[list(words.values())]
+    return [tokenizer.decode([row]) for row in whole], table[whole]
 
 
 def _with_vectors(tokens: list[int | Tensor], vectors: Tensor) -> list[int | Tensor]:

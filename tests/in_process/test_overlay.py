@@ -5,7 +5,7 @@ import torch
 from comfy.sdxl_clip import SDXLTokenizer
 from concepts_pack.host.clip_overlay import with_words, words_in
 from concepts_pack.host.copies import private_copies
-from concepts_pack.host.text import encode, is_ordinary_word, rows, widths
+from concepts_pack.host.text import encode, is_ordinary_word, rows, vocabulary, widths, written_words
 from concepts_pack.textual_inversion.apply import apply_words
 from concepts_pack.textual_inversion.concept import Concept, Word
 from safetensors.torch import save_file
@@ -202,3 +202,10 @@ def test_what_the_vocabulary_knows(clip):
     assert widths(clip) == {"clip_l": 32}
     assert is_ordinary_word(clip, "Cat") and not is_ordinary_word(clip, "<cat>") and not is_ordinary_word(clip, "zwx")
     assert len(rows(clip, "a tabby cat")["clip_l"]) == 3
+
+
+def test_tokens_are_shown_in_the_letters_that_were_written(clip):
+    start, *words, end = written_words(clip, "a Café, zwx")
+    assert (start, words, end) == ("<|startoftext|>", ["a", "café", ",", "z", "wx"], "<|endoftext|>")
+    names, table = vocabulary(clip, "clip_l")
+    assert torch.equal(table[names.index("café")], rows(clip, "café")["clip_l"][0])
