@@ -199,7 +199,7 @@ def _levels(path: Path) -> list[dict[str, Any]]:
     try:
         if path.stat().st_size > LARGEST_CONFIG:
             raise ValueError("it is too large")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows write a mark first
     except FileNotFoundError as error:
         raise ValueError(f"{path.parent} has no {path.name}; put it beside encoder.pt.") from error
     except (OSError, ValueError, RecursionError) as error:

@@ -335,6 +335,13 @@ def test_numbers_too_large_to_multiply(tmp_path):
         read_release(write(tmp_path, encoder=random_encoder(), weight_offsets=offsets))
 
 
+def test_a_config_that_an_editor_of_windows_saved(tmp_path):
+    write(tmp_path, encoder=random_encoder(), weight_offsets=random_offsets())
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text("utf-8"), encoding="utf-8-sig")
+    assert read_release(tmp_path).domain_word == CONFIG["domain_class_token"]
+
+
 def test_the_encoder_before_the_release_is_named(tmp_path):
     generator = torch.Generator().manual_seed(0)
     legacy = layer("linear", 8, 8, generator) | layer("final_linear", WORD, 8 + 22, generator)
