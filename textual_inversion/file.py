@@ -115,8 +115,8 @@ def _concept(file: str, stem: str, found: Found, metadata: dict[str, str], place
     words = []
     for name, tensors in found.items():
         vectors = {encoder: _checked(file, encoder, tensor) for encoder, tensor in tensors.items()}
-        written = placeholder or metadata.get("concepts.placeholder") or name or in_brackets(stem)
-        check_placeholder(written)
+        own = metadata.get("concepts.placeholder") or name or in_brackets(stem)
+        written = placeholder_in(file, {"concepts.placeholder": own}, placeholder)
         words.append(Word(written, class_word, vectors))
     return Concept(tuple(words), metadata=metadata)
 

@@ -142,6 +142,14 @@ def test_what_is_not_an_embedding_is_named(tmp_path, tensors, complaint):
         load(tmp_path / "odd.safetensors")
 
 
+@pytest.mark.parametrize("written", ["two words", "<mine", "a" * 99 + "!"])
+def test_a_placeholder_that_no_prompt_could_use_is_told_with_its_file(tmp_path, written):
+    save_file({"emb_params": torch.ones(1, 32)}, tmp_path / "odd.safetensors", {"concepts.placeholder": written})
+    with pytest.raises(ValueError, match=f"^odd.safetensors is damaged: its placeholder is '{written[:80]}', which"):
+        load(tmp_path / "odd.safetensors")
+    assert load(tmp_path / "odd.safetensors", "<mine>").words[0].placeholder == "<mine>"
+
+
 VECTORS = torch.randn(2, 768, generator=torch.Generator().manual_seed(1))
 
 
