@@ -43,13 +43,19 @@ def read_whole(path: Path, largest: int, kind: str) -> bytes:
 
 
 def unpacked_size(path: Path) -> int:
-    """The bytes that a file takes, unpacked where it is a zip, as pickles of torch are; damaged ones as they lie."""
-    size = path.stat().st_size
+    """The bytes that a pickled file takes once it is read: newer ones of torch are zips, and zips may be packed.
+
+    Raises ValueError that names the file when it cannot be read, or what it holds cannot be listed.
+    """
     try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":  # which tells a zip to torch
+                return size
         with zipfile.ZipFile(path) as packed:
             return max(size, sum(entry.file_size for entry in packed.infolist()))
-    except Exception:  # zipfile raises whatever a damaged file provokes
-        return size
+    except Exception as error:  # zipfile raises whatever a damaged file provokes
+        raise ValueError(f"{path.name} is damaged or cut off; download it again.") from error
 
 
 def read_safetensors(path: Path, only: re.Pattern | None = None) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -359,10 +359,13 @@ def test_what_unpacks_to_more_than_any_embedding_is_not_unpacked(tmp_path, monke
             zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
         for entry in large.infolist():
             bomb.writestr(entry.filename, large.read(entry))
-    assert (tmp_path / "bomb.pt").stat().st_size < 2**20
-    monkeypatch.setattr(torch, "load", None)
-    with pytest.raises(ValueError, match="bomb.pt is not an embedding: it is 75 MB large"):
-        load(tmp_path / "bomb.pt")
+    packed = (tmp_path / "bomb.pt").read_bytes()
+    (tmp_path / "odd.pt").write_bytes(packed.replace(b"PK\x01\x02\x14\x03\x14", b"PK\x01\x02\x14\x03\xff"))
+    assert len(packed) < 2**20
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was unpacked"))
+    for name, complaint in (("bomb", "is not an embedding: it is 75 MB large"), ("odd", "is damaged or cut off")):
+        with pytest.raises(ValueError, match=f"{name}.pt {complaint}"):
+            load(tmp_path / f"{name}.pt")
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"i\xb1\x6a\x6a\x6a", b"\x80\x02", b"junk" * 99, b"PK\x03\x04", None])
