@@ -25,7 +25,7 @@ ENCODER_OF_KEY = {name: name for name in ENCODERS} | {"text_encoders_0": "clip_l
 LARGEST = 64 * 2**20  # bytes of a pickled file; a word of 75 vectors takes less than one
 BUNDLED = re.compile(r"bundle_emb\.(?P<name>.+?)\.(?P<key>string_to_param\.\*|clip_l|clip_g|clip_h)")
 OF_THE_WORD = re.compile(r"concepts\..+|modelspec\.base_model")  # in the header of a LoRA with words
-UNNAMED = ("emb_params", "embedding", "weight")  # keys of a file's only tensor that are no placeholders
+UNNAMED = ("emb_params", "embedding", "embeddings", "vectors", "weight", "0")  # no placeholders, as keys
 
 Found = dict[str, dict[str, Tensor]]  # placeholder, which may be empty -> tensor by encoder
 

@@ -186,10 +186,11 @@ def old_ldm():
     ({"<dog>": VECTORS[0]}, "<dog>"),
     ({"sks-cat": VECTORS}, "sks-cat"),
     ({"my cat": VECTORS}, "<foreign>"),
+    ({"0": VECTORS}, "<foreign>"),
     ({"emb_params": VECTORS}, "<foreign>"),
     ({"string_to_token": {"zwx": 265}, "string_to_param": {"zwx": VECTORS}}, "zwx"),
 ], ids=["A1111", "LDM", "LDM of old", "diffusers", "diffusers, one vector", "diffusers without brackets",
-        "no placeholder", "kohya", "LDM with a placeholder"])
+        "no placeholder", "a number", "kohya", "LDM with a placeholder"])
 @pytest.mark.parametrize("ending", [".pt", ".bin"])
 def test_pickled_layouts_load(tmp_path, content, placeholder, ending):
     torch.save(content, tmp_path / f"foreign{ending}")
