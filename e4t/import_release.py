@@ -23,7 +23,7 @@ def domain_of(release: Release, vision: Vision) -> Domain:
     """
     if release.unet or release.text_encoder:
         raise ValueError(f"This folder holds a whole model that was tuned on one picture of a {release.domain_word}, "
-                         "not a domain; import the folder that it was tuned from, and tune that with Tune E4T.")
+                         "not a domain; use Import Tuned E4T, or import the folder that it was tuned from.")
     encoder = ImportedEncoder(release.encoder).requires_grad_(False).eval()
     encoder.seen(torch.zeros(1, vision.side, vision.side, 3), vision)
     record = {"source": IMPORTED, "base": release.base, "prompt_template": release.prompt_template}

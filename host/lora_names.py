@@ -1,7 +1,8 @@
-"""What LoRA files call the weights of a model."""
+"""What LoRA files and diffusers call the weights of a model."""
 
 from comfy.lora import model_lora_keys_unet
 from comfy.model_patcher import ModelPatcher
+from comfy.utils import unet_to_diffusers
 
 
 def lora_names(model: ModelPatcher) -> dict[str, str]:
@@ -11,3 +12,10 @@ def lora_names(model: ModelPatcher) -> dict[str, str]:
         if name.startswith("lora_unet_") and isinstance(weight, str):
             found[weight] = name if weight not in found or "_attentions_" in name else found[weight]
     return found
+
+
+def diffusers_names(model: ModelPatcher) -> dict[str, str]:
+    """The name of each weight in the host's UNet, by what diffusers calls it."""
+    own = model.model.diffusion_model.state_dict()
+    named = unet_to_diffusers(model.model.model_config.unet_config)  # also weights that some UNets lack
+    return {theirs: ours for theirs, ours in named.items() if ours in own}

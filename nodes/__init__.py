@@ -7,6 +7,7 @@ from .concept_files import ConceptsBundle, ConceptsLoad, ConceptsLoadLoraWords, 
 from .encode_global_keys import ConceptsEncodeGlobalKeys
 from .export_lora import ConceptsExportLora
 from .import_e4t import ConceptsImportE4T
+from .import_tuned import ConceptsImportTunedE4T
 from .inline_concept import ConceptsInline
 from .inspect_concept import ConceptsInspect
 from .load_domain import ConceptsApplyDomain, ConceptsLoadDomain
@@ -33,6 +34,7 @@ class ConceptsExtension(ComfyExtension):
             ConceptsLoadLoraWords,
             ConceptsLoadDomain,
             ConceptsImportE4T,
+            ConceptsImportTunedE4T,
             ConceptsBundle,
             ConceptsApply,
             ConceptsApplyStack,

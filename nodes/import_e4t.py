@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..e4t import domain
 from ..e4t.import_release import domain_of, report
 from ..e4t.imported import ImportedEncoder
-from ..e4t.release import read_release
+from ..e4t.release import Release, read_release
 from ..host.clip_vision import Vision, from_open_clip
 from ..host.folders import DOMAINS, domains_folder, folder_path, folders_with, free_name
 from ..host.progress import shown
@@ -67,12 +67,18 @@ class ConceptsImportE4T(io.ComfyNode):
         if there.exists() and not isinstance(domain.load(there).encoder, ImportedEncoder):
             raise ValueError(f"{there.name} in models/e4t is a domain that was pretrained, which an import would "
                              "replace; write another name.")
-        eye = from_open_clip(release.clip_vision) if release.clip_vision else clip_vision
-        if eye is None:
-            raise ValueError(f"The encoder.pt of {folder} brings no CLIP vision along; connect the one that it was "
-                             "trained with to 'clip_vision', ViT-H/14 of LAION for the published release.")
+        eye = eye_of(release, folder, clip_vision)
         made = domain_of(release, Vision(eye))
         path = domain.save(made, domains_folder(), file, overwrite=True)
         listed, size = path.relative_to(domains_folder()).as_posix(), path.stat().st_size
         said = f"{report(release, made.vision)}\nSaved {size / 1e6:.0f} MB: choose {listed} in Load E4T Domain."
         return io.NodeOutput(domain.load(path), eye, said, ui=shown(said))
+
+
+def eye_of(release: Release, folder: str, clip_vision):
+    """The CLIP vision that the encoder of a release sees with: its own, or the one given. Raises ValueError for none."""
+    eye = from_open_clip(release.clip_vision) if release.clip_vision else clip_vision
+    if eye is None:
+        raise ValueError(f"The encoder.pt of {folder} brings no CLIP vision along; connect the one that it was trained "
+                         "with to 'clip_vision', ViT-H/14 of LAION for the published release.")
+    return eye

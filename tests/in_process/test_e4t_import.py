@@ -3,12 +3,14 @@ picture to word and from offsets to weights, and what cannot be imported is one 
 
 import copy
 import json
+import re
 from contextlib import contextmanager
 
 import comfy.utils
 import folder_paths
 import pytest
 import torch
+from concepts_pack.e4t import difference_file
 from concepts_pack.e4t import domain as domain_file
 from concepts_pack.e4t.domain import Domain
 from concepts_pack.e4t.encoder import Encoder, Shape
@@ -18,10 +20,14 @@ from concepts_pack.e4t.release import MATRICES, read_release
 from concepts_pack.e4t.tune import SHARE
 from concepts_pack.host.clip_vision import Vision, from_open_clip
 from concepts_pack.host.copies import private_copies
+from concepts_pack.host.lora_names import diffusers_names
+from concepts_pack.host.pictures import vae_encode
 from concepts_pack.host.text import encode, rows
 from concepts_pack.host.unet_features import unet_features
-from concepts_pack.host.weight_offsets import attention_matrices
+from concepts_pack.host.weight_offsets import ALL_PARTS, attention_matrices
+from concepts_pack.training.dataset import gather, squares
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import save
 
 from .conftest import SD15_BLOCKS, VISION, WIDTH, make_clip_vision, make_model
@@ -290,8 +296,92 @@ def test_a_tuned_model_is_no_domain(models, extra):
     files = {"unet": own | OFFSETS} if extra == "unet" else {"weight_offsets": OFFSETS, "text_encoder": own}
     (models / "cats" / "weight_offsets.pt").unlink()
     write(models / "cats", {"seed": 1, "pretrained_args": TRAINED}, encoder=weights(), **files)
-    with pytest.raises(ValueError, match="whole model that was tuned on one picture of a cat.*import the folder"):
+    with pytest.raises(ValueError, match="whole model that was tuned on one picture of a cat.*use Import Tuned E4T"):
         run("ConceptsImportE4T", folder="cats", name="")
+
+
+def tuned_unet(model, rank=2):
+    """A UNet under diffusers' names whose attention matrices differ by a change of this rank, and one other weight."""
+    generator, tuned = torch.Generator().manual_seed(3), {}
+    own = model.model.diffusion_model.state_dict()
+    for theirs, ours in diffusers_names(model).items():
+        weight = own[ours].clone()
+        if re.search(r"attn[12]\.to_.*weight", ours):
+            out, given = weight.shape
+            weight += 0.1 * (torch.randn(out, rank, generator=generator) @ torch.randn(rank, given, generator=generator)
+                             / given**0.5)
+        tuned[theirs] = weight
+    tuned["conv_in.bias"] = tuned["conv_in.bias"] + 0.01
+    return tuned
+
+
+@pytest.fixture
+def mine(models, whole_model):
+    """models/e4t with a folder that was tuned on one picture."""
+    write(models / "mine", {"seed": 1, "pretrained_args": TRAINED}, encoder=weights(),
+          unet=tuned_unet(whole_model) | OFFSETS)
+    Image.fromarray((pictures()[0].numpy() * 255).round().astype("uint8")).save(models / "mine" / "domain.png")
+    return models / "mine"
+
+
+def import_mine(model, clip, vae, **changes):
+    """At rank 8, which a change of rank 2 has once the offsets of 1 + Δ, of rank 4, multiply it."""
+    return run("ConceptsImportTunedE4T", **{"model": model, "clip": clip, "vae": vae, "folder": "mine",
+                                            "placeholder": "<mine>", "rank": 8} | changes).result
+
+
+def test_a_tuned_folder_becomes_a_concept(mine, whole_model, clip, calm_vae):
+    """Its matrices are W_tuned ⊙ (1 + Δ), its word the mean of the published formula over sixteen noise levels."""
+    concept, said = import_mine(whole_model, clip, calm_vae)
+    assert "100 % is in attention matrices, of which rank 8 keeps 100 %" in said
+    patched, taught = run("ConceptsApply", model=whole_model, clip=clip, concept=concept, strength=1.0, bias=0.7).result
+    tuned, names = tuned_unet(whole_model), diffusers_names(whole_model)
+    ours = {names[name].removesuffix(".weight"): tensor for name, tensor in tuned.items()}
+    expected = {layer: ours[layer] for layer in attention_matrices(whole_model.model.diffusion_model, ALL_PARTS)}
+    for name, _, _ in matrices(CHANNELS, WIDTH):
+        expected[MATRICES[name]] = expected[MATRICES[name]] * (1 + published_offset(OFFSETS, name))
+    patched.patch_model()
+    try:
+        for layer, matrix in attention_matrices(patched.model.diffusion_model, ALL_PARTS).items():
+            assert (matrix.weight - expected[layer]).abs().max() < 1e-3 * expected[layer].abs().max()
+        generator = torch.Generator().manual_seed(0)
+        (square,) = squares(gather([pictures()]), 512)
+        latent = patched.model.process_latent_in(vae_encode(calm_vae, square.picture[None]))
+        times = ((torch.arange(16) + 0.5) / 16 * 1000).long()
+        noise = torch.randn(16, *latent.shape[1:], generator=generator)
+        with torch.no_grad():
+            features = unet_features(patched.model, latent.expand_as(noise), noise, times, *encode(clip, ""))
+            moved = 0.1 * published_words(weights(), square.picture[None], features).mean(0)
+    finally:
+        patched.unpatch_model()
+    found = concept.words[0].vectors["clip_l"][0] - rows(clip, "cat")["clip_l"][0]
+    assert (found - moved).norm() < 0.02 * moved.norm()
+    assert taught is not clip and difference_file.to_bytes(concept)
+
+
+def test_a_tuned_folder_at_a_low_rank_says_what_is_lost(mine, whole_model, clip, calm_vae):
+    concept, said = import_mine(whole_model, clip, calm_vae, rank=1)
+    (share,) = map(int, re.findall(r"rank 1 keeps (\d+) %", said))
+    assert 20 <= share < 100 and all(len(f.down) == 1 for f in concept.edit.added.values())
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"folder": "cats"}, "cats holds a domain, not a model tuned on one picture.*Import E4T"),
+    ({"placeholder": "two words"}, "placeholder"),
+    ({"clip": None}, "needs the checkpoint's text encoder"),
+])
+def test_what_is_no_tuned_folder_is_one_sentence(mine, whole_model, clip, calm_vae, changes, said):
+    with pytest.raises(ValueError, match=said):
+        import_mine(whole_model, **{"clip": clip, "vae": calm_vae} | changes)
+
+
+def test_a_tuned_folder_without_its_picture_or_for_another_unet(mine, whole_model, clip, calm_vae, model):
+    with pytest.raises(ValueError, match="does not fit the model: .* connect the checkpoint"):
+        import_mine(model, clip, calm_vae)
+    (mine / "domain.png").unlink()
+    with pytest.raises(ValueError, match="mine has no domain.png.*'image'"):
+        import_mine(whole_model, clip, calm_vae)
+    assert import_mine(whole_model, clip, calm_vae, image=pictures())[0].words[0].placeholder == "<mine>"
 
 
 def test_a_pretrained_domain_is_not_replaced(models):
