@@ -76,7 +76,7 @@ class ConceptsImportE4T(io.ComfyNode):
 
 
 def eye_of(release: Release, folder: str, clip_vision):
-    """The CLIP vision that the encoder of a release sees with: its own, or the one given. Raises ValueError for none."""
+    """The CLIP vision that the encoder of a release sees with, its own or the one given; ValueError for none."""
     eye = from_open_clip(release.clip_vision) if release.clip_vision else clip_vision
     if eye is None:
         raise ValueError(f"The encoder.pt of {folder} brings no CLIP vision along; connect the one that it was trained "
