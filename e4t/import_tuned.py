@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..host.copies import private_copies
+from ..host.copies import plain_weights, private_copies
 from ..host.lora_names import diffusers_names
 from ..host.progress import stop_if_cancelled
 from ..host.sockets import CLIP, ModelPatcher
@@ -38,14 +38,13 @@ def difference_of(release: Release, model: ModelPatcher, rank: int) -> tuple[Dif
 
     Raises ValueError for a UNet that is not of the model's base.
     """
-    unet = model.model.diffusion_model
-    own, matrices = unet.state_dict(), attention_matrices(unet, ALL_PARTS)
+    own, matrices = plain_weights(model), attention_matrices(model.model.diffusion_model, ALL_PARTS)
     added: dict[str, LowRank] = {}
     inside = outside = lost = 0.0
     for theirs, ours in diffusers_names(model).items():
         stop_if_cancelled()
         tuned = _matching(release, theirs, own[ours])
-        change = tuned - own[ours].to(tuned)
+        change = tuned - own[ours].to(tuned)  # which also brings it to the processor
         layer = ours.removesuffix(".weight")
         if layer not in matrices or not ours.endswith(".weight"):
             outside += change.square().sum().item()

@@ -135,6 +135,15 @@ def unload(model: torch.nn.Module) -> None:
         loaded_models.remove(loaded)
 
 
+def plain_weights(model: ModelPatcher) -> dict[str, Tensor]:
+    """The weights of a UNet as its checkpoint has them, whatever LoRAs and concepts have last been loaded with it."""
+    if model.is_dynamic():
+        model = _reloaded(model, "MODEL")
+    else:
+        unload(model.model)
+    return model.model.diffusion_model.state_dict()
+
+
 def _twin(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of the modules over the same memory, so that frozen weights are held once.
 

@@ -6,6 +6,7 @@ import json
 import re
 from contextlib import contextmanager
 
+import comfy.model_management
 import comfy.utils
 import folder_paths
 import pytest
@@ -357,6 +358,14 @@ def test_a_tuned_folder_becomes_a_concept(mine, whole_model, clip, calm_vae):
     found = concept.words[0].vectors["clip_l"][0] - rows(clip, "cat")["clip_l"][0]
     assert (found - moved).norm() < 0.02 * moved.norm()
     assert taught is not clip and difference_file.to_bytes(concept)
+
+
+def test_what_is_loaded_with_the_model_is_no_part_of_a_tuned_folder(mine, whole_model, clip, calm_vae, imported):
+    (offset,) = run("ConceptsApplyDomain", model=whole_model, domain=imported, strength=1.0).result
+    before, _ = import_mine(whole_model, clip, calm_vae)
+    comfy.model_management.load_models_gpu([offset])
+    after, _ = import_mine(whole_model, clip, calm_vae)
+    assert difference_file.to_bytes(after) == difference_file.to_bytes(before)
 
 
 def test_a_tuned_folder_at_a_low_rank_says_what_is_lost(mine, whole_model, clip, calm_vae):
