@@ -115,14 +115,14 @@ def test_it_goes_on_only_with_the_same_one(model, clip, tmp_path):
 def test_pretrained_saved_loaded_and_tuned_on_the_nodes(model, clip, calm_vae, clip_vision, photos):
     vae = calm_vae
     given = {"model": model, "clip": clip, "vae": vae, **SETTINGS}
-    (learned,) = run("ConceptsPretrainE4T", **given, clip_vision=clip_vision).result
+    learned, _ = run("ConceptsPretrainE4T", **given, clip_vision=clip_vision).result
     loaded, word = run("ConceptsLoadDomain", name="cat.safetensors").result
     assert word == "cat" and loaded.vision == learned.vision == Vision(clip_vision).fingerprint
     assert domain_file.to_bytes(loaded) == domain_file.to_bytes(learned)
     for result in ("concept", "tuned model"):
         concept = tuned(model, clip, vae, photos, loaded, 1, clip_vision=clip_vision, result=result)
         assert concept.words[0].vectors["clip_l"].isfinite().all()
-    (own,) = run("ConceptsPretrainE4T", **given | {"name": "own"}).result
+    own, _ = run("ConceptsPretrainE4T", **given | {"name": "own"}).result
     assert own.vision == "" and own.encoder.stem is not None
 
 
