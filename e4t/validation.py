@@ -20,7 +20,7 @@ from .samples import Pair, Samples, draw_pair
 from .tune import predict_each
 
 SHOWN = 4
-CFG, STEPS = 7.0, 20
+CFG, STEPS = 7.0, 10
 ROUNDS, BATCH = 8, 16
 
 

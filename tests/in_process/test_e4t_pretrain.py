@@ -22,7 +22,7 @@ from concepts_pack.e4t.offsets import new_offsets
 from concepts_pack.e4t.pretrain import Keeping, Learner, Workers, is_edited, parser, pretrain, run, shape_of
 from concepts_pack.e4t.recognition import recognise
 from concepts_pack.e4t.samples import Samples, draw_pair, later, read_samples
-from concepts_pack.e4t.validation import Look
+from concepts_pack.e4t.validation import CFG, STEPS, Look
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.cross_attention import cross_attentions
 from concepts_pack.host.pictures import sample_picture
@@ -329,7 +329,7 @@ def test_pictures_show_what_the_domain_draws(model, clip, calm_vae, tmp_path, ra
     with torch.no_grad():
         known = calm_vae.decode(model.model.process_latent_out(SAMPLES.latents[1:2, 0].float()))[0]
     torch.testing.assert_close(picture[:64, 64:128], known.clamp(0, 1))
-    plain = sample_picture(model, clip, calm_vae, "a photo of a cat", (4, 8, 8), 7.0, 20, RECIPE.seed)
+    plain = sample_picture(model, clip, calm_vae, "a photo of a cat", (4, 8, 8), CFG, STEPS, RECIPE.seed)
     assert torch.allclose(picture[64:, :64], plain, atol=1e-4) == (rate < 0.05)
     unseen = pretrain(model, clip, SAMPLES, recipe, Keeping(tmp_path / "unseen"), METRIC)
     assert torch.equal(*(torch.nn.utils.parameters_to_vector(domain.encoder.parameters()) for domain in (seen, unseen)))
