@@ -77,7 +77,7 @@ def concept_of(
         predictor = Predictor(unet, text, release.domain_word, encoder.to(unet.load_device), {}, release.scale,
                               torch.zeros(0, 0))
         try:
-            (start,) = predict_each(predictor, seen.to(unet.load_device), latent.to(unet.load_device), 0)
+            (start,) = predict_each(predictor, seen, latent.to(unet.load_device), 0)
         finally:
             predictor.installed.close()
     vectors = {name: found.cpu().clone() for name, found in start.words.items()}

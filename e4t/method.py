@@ -28,7 +28,6 @@ from .samples import Pair
 
 PLACEHOLDER = "<domain>"
 SENTENCES = OBJECT + PLACES
-SHARE = 0.6  # of the way from the class word to the predicted one, which drowns out the rest of a prompt
 
 
 class Together(Call):

@@ -235,7 +235,7 @@ def pretrain(
     workers = workers or Workers()
     if not recipe.steps and not recipe.minutes:
         raise ValueError("Pretraining needs an end: give a number of steps or of minutes above 0.")
-    if recipe.batch_size % (workers.count * accumulation):
+    if accumulation < 1 or recipe.batch_size % (workers.count * accumulation):
         raise ValueError(f"A batch of {recipe.batch_size} cannot be shared evenly by {workers.count} processes in "
                          f"{accumulation} parts each.")
     given = recipe, *samples.latents.shape
@@ -280,16 +280,15 @@ def pretrain(
 def _train(learner: Learner, lessons: Samples, losses: list[float], keeping: Keeping, states: States, workers: Workers,
            bf16: bool, accumulation: int, watch: Callable[[int, float], None], keep: Callable[[], None],
            validate: Callable[[], None]) -> None:
-    recipe, shares = learner.recipe, workers.shares(accumulation)
+    recipe, size = learner.recipe, learner.recipe.batch_size // (workers.count * accumulation)
     levels = timestep_count(learner.predictor.model)
     before, started, kept = learner.clock.item(), time.monotonic(), time.monotonic()
     first = len(losses)
     try:
         while (done := _done(recipe, len(losses), learner.clock.item())) < 1:
             step = len(losses)
-            pairs = [draw_pair(lessons, levels, recipe.batch_size, recipe.seed, step, share, recipe.times)
-                     for share in shares]
-            losses.append(learner.step(pairs, step, done, workers, bf16))
+            pair = draw_pair(lessons, levels, recipe.batch_size, recipe.seed, step, workers.share(), recipe.times)
+            losses.append(learner.step(list(pair.parts(size)), step, done, workers, bf16))
             clock = torch.tensor([before + time.monotonic() - started], dtype=torch.float64)
             workers.average([clock])
             learner.clock.copy_(clock)

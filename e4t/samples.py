@@ -55,6 +55,13 @@ class Pair:
     noise: Tensor
     timesteps: Tensor
 
+    def parts(self, size: int) -> Iterator["Pair"]:
+        """The pair in pieces of at most `size` samples."""
+        lots = (self.lots[start:start + size] for start in range(0, len(self.lots), size))
+        tensors = (self.weights, self.pictures, self.latents, self.noise, self.timesteps)
+        for pieces in zip(self.batch.parts(size), lots, *(t.split(size) for t in tensors), strict=True):
+            yield Pair(*pieces)
+
 
 def draw_pair(samples: Samples, levels: int, size: int, seed: int, step: int, rows: slice = slice(None),
               times: float = 1.0) -> Pair:

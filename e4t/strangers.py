@@ -12,7 +12,7 @@ from torch import Tensor
 from ..host.objective import denoising_error, timestep_count
 from ..host.text import encode, encode_words
 from ..textual_inversion.templates import fill
-from .method import PLACEHOLDER, SENTENCES, SHARE, Predictor
+from .method import PLACEHOLDER, SENTENCES, Predictor
 
 LEVELS = 8
 APART = 1.05  # so much worse than its own may the word of others explain a picture of the same thing
@@ -34,9 +34,8 @@ class Judge:
         return self._under(latent, *encode(self.predictor.clip, text))
 
     def under_words(self, latent: Tensor, words: Mapping[str, Tensor]) -> float:
-        """The same under a sentence with most of the way to predicted words (1 d), by text encoder."""
-        rows = self.predictor.rows
-        given = {name: torch.lerp(rows[name], vectors, SHARE)[None] for name, vectors in words.items()}
+        """The same under a sentence with words (1 d), by text encoder."""
+        given = {name: vectors[None] for name, vectors in words.items()}
         return self._under(latent, *encode_words(self.predictor.clip, [fill(SENTENCES[0], PLACEHOLDER)], given))
 
     def _under(self, latent: Tensor, context: Tensor, pooled: Tensor | None) -> float:
@@ -52,8 +51,8 @@ def tell_strangers(predictor: Predictor, latents: Tensor, words: Sequence[Mappin
     that the words predicted of the others do not, given those of each picture (1 d), by text encoder."""
     judge = Judge(predictor, latents.shape[1:], seed)
     for number, latent in enumerate(latents, 1):
-        under_class = judge.under_text(latent, fill(SENTENCES[0], predictor.word))
-        strangeness = under_class / judge.under_text(latent, "")
+        sentence = fill(SENTENCES[0], predictor.word)
+        strangeness = judge.under_text(latent, sentence) / judge.under_text(latent, "")
         if strangeness >= 1:
             log.warning("Picture %d does not look like a %s to this checkpoint, whose error is %.0f %% higher with "
                         "that word than without: the concept may not resemble it. Use a domain of what it shows, or a "

@@ -22,11 +22,12 @@ from ..textual_inversion.word import row_size
 from ..training.dataset import Lessons, Photo, squares
 from .domain import Domain, digest
 from .encoder import Predicted
-from .method import SENTENCES, SHARE, Predictor
+from .method import SENTENCES, Predictor
 from .offsets import Offset
 from .strangers import tell_strangers
 
 LEVELS = 16  # noise levels that a prediction is the mean of
+SHARE = 0.6  # of the way from the class word to the predicted one, which drowns out the rest of a prompt
 WORD_RATE, VALUE_RATE = 0.05, 0.05  # of the class word's numbers and its values in each layer
 
 

@@ -36,9 +36,9 @@ class Workers:
         """Whether this process is the first of its machine, whose disk others may not see."""
         return self.place == 0
 
-    def shares(self, parts: int = 1) -> list[slice]:
-        """Which samples of a batch are this process's, in as many parts."""
-        return [slice(self.rank + self.count * part, None, self.count * parts) for part in range(parts)]
+    def share(self) -> slice:
+        """Which samples of a batch are this process's."""
+        return slice(self.rank, None, self.count)
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Replaces each tensor, on the card or not, by its mean over all processes."""

@@ -109,11 +109,8 @@ def card_is_small(model: ModelPatcher, clip: CLIP) -> bool:
 
 def _private(patcher: ModelPatcher, socket: str, recompute: bool = False) -> tuple[ModelPatcher, ModelPatcher]:
     """A patcher with modules of its own, with the LoRAs that `patcher` carries, and what it took the modules from."""
-    weights = [*patcher.model.parameters(), *patcher.model.buffers()]
-    if patcher.is_dynamic() or any(type(weight.data) is not Tensor for weight in weights):
-        fresh = _reloaded(patcher, socket)
-    else:
-        unload(patcher.model)
+    fresh = _plain(patcher, socket)
+    if fresh is patcher:
         fresh = ModelPatcher(_twin(patcher.model), patcher.load_device, patcher.offload_device)
     private = patcher.clone(disable_dynamic=True, model_override=fresh.get_clone_model_override())
     private.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)  # it would sample with the original's UNet
@@ -137,11 +134,16 @@ def unload(model: torch.nn.Module) -> None:
 
 def plain_weights(model: ModelPatcher) -> dict[str, Tensor]:
     """The weights of a UNet as its checkpoint has them, whatever LoRAs and concepts have last been loaded with it."""
-    if model.is_dynamic():
-        model = _reloaded(model, "MODEL")
-    else:
-        unload(model.model)
-    return model.model.diffusion_model.state_dict()
+    return _plain(model, "MODEL").model.diffusion_model.state_dict()
+
+
+def _plain(patcher: ModelPatcher, socket: str) -> ModelPatcher:
+    """One whose modules hold the weights of the file as ordinary tensors: the patcher itself, or one loaded again."""
+    weights = [*patcher.model.parameters(), *patcher.model.buffers()]
+    if patcher.is_dynamic() or any(type(weight.data) is not Tensor for weight in weights):
+        return _reloaded(patcher, socket)
+    unload(patcher.model)
+    return patcher
 
 
 def _twin(model: torch.nn.Module) -> torch.nn.Module:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
@@ -60,10 +61,8 @@ def register() -> None:
 
 def free_name(kind: str, name: str, ending: str) -> str:
     """A name for a file in the first folder of a kind: with a counter where it would hide that of another folder."""
-    others, free, number = folder_paths.get_folder_paths(kind)[1:], name, 2
-    while any((Path(folder) / f"{free}{ending}").exists() for folder in others):
-        free, number = f"{name}_{number}", number + 1
-    return free
+    others = folder_paths.get_folder_paths(kind)[1:]
+    return _numbered(name, lambda free: any((Path(folder) / f"{free}{ending}").exists() for folder in others))
 
 
 def unused_name(kind: str, name: str, endings: tuple[str, ...], overwrite: bool) -> str:
@@ -71,13 +70,20 @@ def unused_name(kind: str, name: str, endings: tuple[str, ...], overwrite: bool)
 
     With `overwrite` it stays as it is, and the log says which other files answer to it.
     """
-    places, free, number = _places(kind), name, 2
-    while not overwrite and _answering(kind, places, free, endings):
-        free, number = f"{name}_{number}", number + 1
+    places = _places(kind)
+    free = name if overwrite else _numbered(name, lambda other: bool(_answering(kind, places, other, endings)))
     own = os.path.join(folder_paths.get_folder_paths(kind)[0], free)
     for other in sorted(_answering(kind, places, free, endings) - {os.path.realpath(own + end) for end in endings}):
         log.warning("%s and %s answer to the same name, of which ComfyUI loads only one; rename one of them.",
                     own, other)
+    return free
+
+
+def _numbered(name: str, taken: Callable[[str], bool]) -> str:
+    """The name, with the first counter from 2 on with which it is not taken."""
+    free, number = name, 2
+    while taken(free):
+        free, number = f"{name}_{number}", number + 1
     return free
 
 

@@ -6,16 +6,16 @@ from ..e4t import difference_file
 from ..e4t.import_release import BASE
 from ..e4t.import_tuned import concept_of
 from ..e4t.release import read_release
-from ..host.bases import base_name, check_pair, native_side
+from ..host.bases import base_name, native_side
 from ..host.clip_vision import Vision
 from ..host.folders import DOMAINS, folder_path, folders_with
-from ..host.pictures import is_empty, vae_encode
+from ..host.pictures import vae_encode
 from ..host.progress import shown
-from ..textual_inversion.word import check_placeholder
 from ..training.dataset import gather, squares
 from ..training.folder import read_photo
 from .import_e4t import ConceptsImportE4T, eye_of
 from .sockets import Concept
+from .training_inputs import check_sockets
 
 PICTURE = "domain.png"  # the picture that the folder was tuned on, as e4t-diffusion saves it
 
@@ -70,11 +70,7 @@ class ConceptsImportTunedE4T(io.ComfyNode):
     def execute(cls, model, clip, vae, folder: str, placeholder: str, rank: int, image=None,
                 clip_vision=None) -> io.NodeOutput:
         word = placeholder.strip()
-        check_placeholder(word)
-        if clip is None or is_empty(vae):
-            raise ValueError("The import needs the checkpoint's text encoder (CLIP) and its VAE; one of them is "
-                             "missing in this file.")
-        check_pair(model, clip)
+        check_sockets({"model": model, "clip": clip, "vae": vae, "placeholder": word})
         if base_name(model) != BASE:
             raise ValueError(f"Releases of e4t-diffusion are for {BASE}, and this checkpoint is {base_name(model)}; "
                              "load the one that the folder was tuned from.")

@@ -377,7 +377,9 @@ def test_a_tuned_folder_at_a_low_rank_says_what_is_lost(mine, whole_model, clip,
 @pytest.mark.parametrize(("changes", "said"), [
     ({"folder": "cats"}, "cats holds a domain, not a model tuned on one picture.*Import E4T"),
     ({"placeholder": "two words"}, "placeholder"),
-    ({"clip": None}, "needs the checkpoint's text encoder"),
+    ({"placeholder": "cat"}, "'cat' is a word the text encoder already knows"),
+    ({"clip": None}, "This checkpoint file has no text encoder"),
+    ({"vae": None}, "This checkpoint file has no VAE"),
 ])
 def test_what_is_no_tuned_folder_is_one_sentence(mine, whole_model, clip, calm_vae, changes, said):
     with pytest.raises(ValueError, match=said):

@@ -241,16 +241,18 @@ def test_a_batch_in_parts_learns_the_same(model, clip, tmp_path):
     whole, parts = (pretrain(model, clip, SAMPLES, RECIPE, Keeping(tmp_path / str(count)), METRIC, accumulation=count)
                     for count in (1, 2))
     assert_same_learned(whole, parts)
-    with pytest.raises(ValueError, match="A batch of 4 cannot be shared evenly by 1 processes in 3 parts each"):
-        pretrain(model, clip, SAMPLES, RECIPE, Keeping(tmp_path), METRIC, accumulation=3)
+    for parts in (0, 3):
+        with pytest.raises(ValueError, match=f"A batch of 4 cannot be shared evenly by 1 processes in {parts} parts"):
+            pretrain(model, clip, SAMPLES, RECIPE, Keeping(tmp_path), METRIC, accumulation=parts)
 
 
-def test_processes_in_parts_share_a_batch():
-    workers = [Workers(), Workers()]
-    for rank, worker in enumerate(workers):
-        worker.count, worker.rank = 2, rank
-    rows = [list(range(12))[share] for worker in workers for share in worker.shares(3)]
-    assert sorted(row for part in rows for row in part) == list(range(12)) and {len(part) for part in rows} == {2}
+def test_parts_of_a_batch_are_all_of_it():
+    whole = draw_pair(SAMPLES, 1000, 4, 0, 3)
+    parts = list(whole.parts(3))
+    assert [len(part.lots) for part in parts] == [3, 1] and sum((part.lots for part in parts), ()) == whole.lots
+    for name in ("weights", "pictures", "latents", "noise", "timesteps"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    assert torch.equal(torch.cat([part.batch.noise for part in parts]), whole.batch.noise)
 
 
 def test_later_timesteps_stay_in_the_schedule():

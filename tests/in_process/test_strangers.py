@@ -7,7 +7,7 @@ import torch
 from concepts_pack.e4t import domain
 from concepts_pack.e4t.method import Predictor
 from concepts_pack.e4t.strangers import tell_strangers
-from concepts_pack.e4t.tune import predict_each
+from concepts_pack.e4t.tune import SHARE, predict_each
 from concepts_pack.host.checkpoints import load_checkpoint
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.pictures import vae_encode
@@ -36,7 +36,7 @@ def predictor():
     known = domain.load(WEIGHTS / "domains" / "teddy.safetensors")
     with private_copies(model, clip) as (unet, text):
         metric = torch.eye(encode(text, "")[0].shape[-1])
-        made = Predictor(unet, text, known.word, known.encoder, {}, known.scale, metric)
+        made = Predictor(unet, text, known.word, known.encoder, {}, SHARE * known.scale, metric)
         yield made
         made.installed.close()
 
