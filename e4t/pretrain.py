@@ -328,7 +328,7 @@ def _validated(learner: Learner, lessons: Samples, held: Samples, step: int, une
         "too few to leave some for validation")
     log.info("step %d, unseen subjects: %s", step, told)
     if look:
-        look.show(step, pictures(learner.predictor, unet, clip, look.vae, *averaged,
+        look.show(step, pictures(learner.predictor, unet, clip, look, *averaged,
                                  held if len(held.latents) else lessons, learner.recipe.seed))
 
 
@@ -364,6 +364,7 @@ def parser() -> argparse.ArgumentParser:
                         "a batch: less memory, the same result")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, slower")
     parser.add_argument("--fp32", action="store_true", help="no autocast to bf16; a UNet in fp16 computes in bf16")
+    parser.add_argument("--preview-cfg", type=float, default=Look.cfg, help="guidance of the pictures on the way")
     parser.add_argument("--no-offsets", action="store_true", help="without weight offsets")
     for name, kind in NUMBERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(Recipe, name))
@@ -415,7 +416,7 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
 
     domain = pretrain(model, clip, samples, recipe, Keeping(work, args.keep_minutes), metric, workers,
                       args.recompute, not args.fp32, kept=keep, start=args.start and load(args.start),
-                      accumulation=args.accumulation, look=Look(vae, show))
+                      accumulation=args.accumulation, look=Look(vae, show, args.preview_cfg))
     path = output / f"{name}.safetensors"
     if workers.first:
         path = save(domain, output, name, overwrite=True)

@@ -19,17 +19,17 @@ from .offsets import Offset
 from .samples import Pair, Samples, draw_pair
 from .tune import predict_each
 
-SHOWN = 4
-CFG, STEPS = 7.0, 10
+SHOWN, STEPS = 4, 10
 ROUNDS, BATCH = 8, 16
 
 
 @dataclass(frozen=True)
 class Look:
-    """Pictures on the way: what decodes them, and who is shown them with the number of steps so far."""
+    """Pictures on the way: what decodes them, who is shown them with the number of steps so far, and the guidance."""
 
     vae: VAE
     show: Callable[[int, Tensor], None]
+    cfg: float = 7.0
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def errors(predictor: Predictor, encoder: Encoder, offsets: Mapping[str, Offset]
 
 
 @torch.no_grad()
-def pictures(predictor: Predictor, unet: ModelPatcher, clip: CLIP, vae: VAE, encoder: Encoder,
+def pictures(predictor: Predictor, unet: ModelPatcher, clip: CLIP, look: Look, encoder: Encoder,
              offsets: Mapping[str, Offset], samples: Samples, seed: int) -> Tensor:
     """The first subjects as the VAE knows them, each above what its predicted word draws with the offsets (h w 3)."""
     columns = []
@@ -59,9 +59,9 @@ def pictures(predictor: Predictor, unet: ModelPatcher, clip: CLIP, vae: VAE, enc
             (start,) = predict_each(predictor, seen, latent.to(predictor.device), seed)
         taught = with_words(clip, [Word(PLACEHOLDER, predictor.word, start.words)])
         with predictor.acting(encoder, offsets):
-            drawn = sample_picture(unet, taught, vae, fill("a photo of a {}", PLACEHOLDER), latent.shape[1:], CFG,
-                                   STEPS, seed)
-        known = vae.decode(unet.model.process_latent_out(latent))[0].cpu().clamp(0, 1)
+            drawn = sample_picture(unet, taught, look.vae, fill("a photo of a {}", PLACEHOLDER), latent.shape[1:],
+                                   look.cfg, STEPS, seed)
+        known = look.vae.decode(unet.model.process_latent_out(latent))[0].cpu().clamp(0, 1)
         columns.append(torch.cat([known, drawn]))
     settle(unet, clip.patcher)
     return torch.cat(columns, 1)

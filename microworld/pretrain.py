@@ -18,7 +18,7 @@ from .data import work
 from .domain import DOMAINS, write_folder
 from .host import CHECKPOINT
 
-SETTINGS = ["--resolution", "128", "--mask-floor", "0.05", "--keep-minutes", "5"]
+SETTINGS = ["--resolution", "128", "--mask-floor", "0.05", "--keep-minutes", "5", "--preview-cfg", "3"]
 
 
 def pretrained(domain: str, instances: int, settings: list[str]) -> Path:

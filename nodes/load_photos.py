@@ -29,7 +29,9 @@ class ConceptsLoadPhotos(io.ComfyNode):
                 )),
             ],
             outputs=[
-                io.Image.Output("images", display_name="images", is_output_list=True, tooltip="The photos."),
+                io.Image.Output("images", display_name="images", is_output_list=True, tooltip=(
+                    "The photos, the largest of them made smaller: to 2048 pixels on the short side."
+                )),
                 io.Mask.Output("masks", display_name="masks", is_output_list=True, tooltip=(
                     "Where the thing is in each photo; everywhere for photos without a mask."
                 )),

@@ -96,6 +96,9 @@ class ConceptsPretrainE4T(io.ComfyNode):
                     "In how many parts a batch is computed, which must divide it: more take less memory and more time, "
                     "and learn the same."
                 )),
+                io.Float.Input("preview_cfg", default=Look.cfg, min=1.0, max=30.0, step=0.1, advanced=True, tooltip=(
+                    "Guidance of the pictures that are drawn on the way; 3 suits the sample model."
+                )),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip=(
                     "The eye of the encoder, as in the paper: CLIP vision ViT-L or ViT-H, from Load CLIP Vision. Tune "
                     "E4T then needs it too. Without it the encoder learns to see by itself."
@@ -117,7 +120,7 @@ class ConceptsPretrainE4T(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, folder, class_word, name, steps, batch_size, seed, rate, regulariser, resolution,
-                mirror, accumulation=1, clip_vision=None) -> io.NodeOutput:
+                mirror, accumulation=1, preview_cfg=Look.cfg, clip_vision=None) -> io.NodeOutput:
         word = class_word.strip()
         if not word:
             raise ValueError("The class word is empty; write the ordinary word for the things in the pictures.")
@@ -151,7 +154,7 @@ class ConceptsPretrainE4T(io.ComfyNode):
 
         learned = pretrain(model, clip, samples, recipe, Keeping(states_folder()), precision(clip),
                            recompute=memory_is_short(model), bf16=computes_in_bf16(model), watch=watch,
-                           accumulation=accumulation, look=Look(vae, show))
+                           accumulation=accumulation, look=Look(vae, show, preview_cfg))
         domain.save(learned, domains_folder(), file, overwrite=True)
         said = f"Saved: choose {file}{domain.ENDING} in Load E4T Domain."
         if samples.unreadable:

@@ -29,7 +29,7 @@ LONGEST = 75  # vectors that fit one section of a prompt
 WIDEST = 2**16  # numbers in a vector; text encoders have thousands
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 NAME = re.compile(r"[^\s\x00-\x1f,:<>\[\]()\"|?*\\/]+(/[^\s\x00-\x1f,:<>\[\]()\"|?*\\/]+)*")
-NOT_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
+NOT_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?|.*\.", re.IGNORECASE)
 
 
 def to_bytes(concept: Concept, layout: str = DEFAULT_LAYOUT) -> bytes:
@@ -136,7 +136,7 @@ def checked_name(name: str) -> str:
     """`name` without its ending. Raises ValueError when `embedding:name` could not be written in a prompt."""
     name = name.strip()
     name = next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
-    if not NAME.fullmatch(name) or any(part.startswith(".") for part in name.split("/")):
+    if not NAME.fullmatch(name) or not name.isprintable() or any(part.startswith(".") for part in name.split("/")):
         raise ValueError(f"{name!r} cannot name a file: give 'name' letters, digits, - and _, and / for a "
                          "subfolder.")
     for part in name.split("/"):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from .dataset import SMALLEST, Photo, telling
 
@@ -19,6 +20,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 READ = (*ENDINGS, ".txt")
 MASK_ENDINGS = (".mask.png", "-mask.png", "_mask.png")
 REPEATS = re.compile(r"(\d{1,3})_.*")  # 2024_summer is no number of repeats
+LARGEST = 2048  # pixels of the short side, the most that a training square can have
 ALL = re.compile(r"[^.].*")
 
 
@@ -81,7 +83,8 @@ def _is_mask(path: Path) -> bool:
 
 
 def read_photo(path: Path) -> Photo:
-    """A picture with the mask beside it. Raises ValueError that names the file it cannot use."""
+    """A picture with the mask beside it, no larger than a training can use. Raises ValueError that names the file it
+    cannot use."""
     picture, mask = _pixels(path)
     if min(picture.shape[:2]) < SMALLEST:
         raise ValueError(f"{path.name} is {picture.shape[1]}×{picture.shape[0]} pixels; at least {SMALLEST} a side are "
@@ -92,7 +95,17 @@ def read_photo(path: Path) -> Photo:
         if mask.shape != picture.shape[:2]:
             raise ValueError(f"{beside.name} is {mask.shape[1]}×{mask.shape[0]} pixels, {path.name} "
                              f"{picture.shape[1]}×{picture.shape[0]}; they must be of one size.")
-    return Photo(picture, telling(mask))
+    return Photo(_fitted(picture), None if mask is None else telling(_fitted(mask[..., None])[..., 0]))
+
+
+def _fitted(pixels: Tensor) -> Tensor:
+    """Pixels (h w c) in 0..1 with a short side of at most `LARGEST`: twenty photos of a camera would fill memory."""
+    factor = LARGEST / min(pixels.shape[:2])
+    if factor >= 1:
+        return pixels
+    size = [round(factor * length) for length in pixels.shape[:2]]
+    shrunk = interpolate(pixels.permute(2, 0, 1)[None], size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    return shrunk[0].permute(1, 2, 0).contiguous()
 
 
 def _beside(path: Path, endings: tuple[str, ...]) -> Path | None:

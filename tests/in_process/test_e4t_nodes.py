@@ -1,5 +1,7 @@
 """A tuned model and a domain's offsets on the nodes that all concepts share."""
 
+from dataclasses import replace
+
 import folder_paths
 import pytest
 import torch
@@ -7,7 +9,9 @@ from concepts_pack.e4t.difference import Difference, LowRank
 from concepts_pack.e4t.domain import Domain
 from concepts_pack.e4t.encoder import Encoder, Shape
 from concepts_pack.e4t.offsets import RANK, Offset
+from concepts_pack.host.text import fingerprint_of
 from concepts_pack.host.weight_offsets import ALL_PARTS, matrix_shapes
+from concepts_pack.nodes.tune_e4t import checked
 from concepts_pack.textual_inversion.concept import Concept, Word
 from PIL import Image
 
@@ -83,6 +87,23 @@ def test_offsets_of_a_domain_at_a_strength(model):
     assert run("ConceptsApplyDomain", model=model, domain=domain, strength=0.0).result == (model,)
 
 
+@pytest.mark.parametrize(("change", "told"), [
+    ({"base": "SDXL"}, "The domain 'cat' was pretrained on SDXL and this checkpoint is SD15; load a domain for it"),
+    ({"encoder": Encoder(Shape((8,), 8, {"clip_l": 7}, {}))}, "gives words of 7 \\(clip_l\\) numbers, and this CLIP"),
+    ({"text": "another"}, "pretrained with another text encoder than this one; more steps may be needed"),
+    ({}, ""),
+])
+def test_a_domain_for_other_models_is_told(model, clip, caplog, change, told):
+    domain = Domain("cat", "SD15", Encoder(Shape((8,), 8, {"clip_l": WIDTH}, {})), {}, text=fingerprint_of(clip))
+    domain = replace(domain, **change)
+    if "text" in change or not change:
+        assert checked(domain, model, clip) is domain
+        assert (told in caplog.text) if told else not caplog.text
+    else:
+        with pytest.raises(ValueError, match=told):
+            checked(domain, model, clip)
+
+
 def test_pretraining_shows_what_it_drew_and_counts_what_it_left_out(model, clip, calm_vae, tmp_path, monkeypatch):
     for kind in ("input", "output", "user"):
         monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
@@ -93,7 +114,8 @@ def test_pretraining_shows_what_it_drew_and_counts_what_it_left_out(model, clip,
         Image.new("RGB", (64, 64), (100 * number, 90, 200)).save(pictures / f"{number}.png")
     (pictures / "broken.png").write_bytes(b"no picture")
     made = run("ConceptsPretrainE4T", model=model, clip=clip, vae=calm_vae, folder="cats", class_word="cat", name="",
-               steps=2, batch_size=2, seed=0, rate=1e-3, regulariser=1e-3, resolution=64, mirror=False, accumulation=2)
+               steps=2, batch_size=2, seed=0, rate=1e-3, regulariser=1e-3, resolution=64, mirror=False, accumulation=2,
+               preview_cfg=3.0)
     domain, drawn = made.result
     assert domain.word == "cat" and drawn.shape == (1, 128, 128, 3)
     assert "Pictures that could not be read and were left out: 1" in str(made.ui.as_dict())

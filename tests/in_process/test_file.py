@@ -76,7 +76,7 @@ def test_a_name_means_one_file_whatever_its_ending(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", " ", "../up", "a/../b", "/etc/x", "a b", "a,b", "a:b", "<a>", "a\\b", ".x",
-                                  "a\0b", "\x1b"])
+                                  "a\0b", "\x1b", "a\u200bb", "a\u202egnp"])
 def test_names_that_prompts_could_not_use(name):
     with pytest.raises(ValueError, match="cannot name a file"):
         checked_name(name)
@@ -97,13 +97,13 @@ def test_names_longer_than_disks_take():
 
 
 @pytest.mark.parametrize("name", ["CON", "aux", "sub/nul", "Lpt9/cat", "com1.txt", "con.safetensors", "cat.", "cats./a",
-                                  "nul.a.pt", "..."])
+                                  "nul.a.pt", "...", "COM¹"])
 def test_names_that_windows_could_not_open(name):
     with pytest.raises(ValueError, match="Windows cannot open anything called|cannot name a file"):
         checked_name(name)
 
 
-@pytest.mark.parametrize("name", ["cone", "com", "com10", "my.aux", "aux-cable", "people/conny", "v1.5"])
+@pytest.mark.parametrize("name", ["cone", "com", "com10", "my.aux", "aux-cable", "people/conny", "v1.5", "猫_Größe"])
 def test_names_that_only_look_like_those(name):
     assert checked_name(name) == name
 

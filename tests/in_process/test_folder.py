@@ -48,6 +48,17 @@ def test_sixteen_bits_keep_their_brightness(folder):
     assert only(folder).picture.mean().item() == pytest.approx(128 / 255, abs=0.01)
 
 
+def test_photos_of_a_camera_are_made_no_larger_than_training_uses(folder):
+    wide = Image.linear_gradient("L").resize((3300, 2200))
+    wide.convert("RGB").save(folder / "x.jpg", quality=95)
+    wide.save(folder / "x.mask.png", compress_level=1)
+    picture, mask = only(folder).picture, only(folder).mask
+    assert picture.shape == (2048, 3072, 3) and mask.shape == (2048, 3072)
+    there = torch.arange(2048) / 2047
+    for found in (picture[:, 1000, 1], mask[:, 1000]):
+        torch.testing.assert_close(found, there, atol=0.02, rtol=0)
+
+
 def test_alpha_is_the_mask(folder):
     image = RED.convert("RGBA")
     image.putalpha(Image.linear_gradient("L").resize((48, 40)))
