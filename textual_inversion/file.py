@@ -112,10 +112,11 @@ def _concept(file: str, stem: str, found: Found, metadata: dict[str, str], place
     if placeholder and len(found) > 1:
         raise ValueError(f"{file} holds {len(found)} words ({', '.join(found)}); leave the placeholder empty.")
     class_word = metadata.get("concepts.class_word", "")
+    only = metadata.get("concepts.placeholder", "") if len(found) == 1 else ""
     words = []
     for name, tensors in found.items():
         vectors = {encoder: _checked(file, encoder, tensor) for encoder, tensor in tensors.items()}
-        own = metadata.get("concepts.placeholder") or name or in_brackets(stem)
+        own = only or name or in_brackets(stem)
         written = placeholder_in(file, {"concepts.placeholder": own}, placeholder)
         words.append(Word(written, class_word, vectors))
     return Concept(tuple(words), metadata=metadata)

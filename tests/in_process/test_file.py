@@ -249,6 +249,12 @@ def test_bundling_keeps_the_lora_and_adds_the_word(tmp_path, encoders):
         bundle(concept(), path, tmp_path, "again")
 
 
+def test_a_header_names_no_more_than_one_word(tmp_path):
+    words = {"bundle_emb.cat.clip_l": VECTORS, "bundle_emb.dog.clip_l": VECTORS + 1}
+    save_file(words, tmp_path / "x.safetensors", {"concepts.placeholder": "<cat>"})
+    assert {word.placeholder for word in load(tmp_path / "x.safetensors").words} == {"<cat>", "<dog>"}
+
+
 @pytest.mark.parametrize("said", ["[]", '["zwx cat", "<zwx>"]', "zwx cat, zwx", "{}", "[" * 10000])
 def test_bundled_words_keep_their_spelling(tmp_path, said):
     save_file({"x.lora_up.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors", {"trained_words": said})
