@@ -6,7 +6,8 @@ class word on the same picture. ID and TXT of the scenes of `textual_inversion.p
 training, which do not hang on what else the machine does. What pretraining cost is in the domain's record.
 
 `e4t_car.json` is `--domain car --seeds 1 --file` with a domain pretrained for it. `e4t_teddy_40.json`, over more things
-and fewer seeds, is `--name e4t_teddy_40 --instances 40 --seeds 1 --only` with the labels in it.
+and fewer seeds, is `--name e4t_teddy_40 --instances 40 --seeds 1 --only` with the labels in it, and
+`e4t_teddy_unmasked.json` the same of pictures without masks: `--unmasked --name e4t_teddy_unmasked` and so on.
 """
 
 from __future__ import annotations
@@ -98,15 +99,16 @@ def learners(base, kind: str, file: Path, seed: int) -> dict[str, tuple[Callable
     return {f"{label}, {steps} steps": (learn, steps, use) for label, learn, each, use in kinds for steps in each}
 
 
-def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float,
+def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float, unmasked: bool = False,
         labels: tuple[str, ...] = ()) -> list[tuple]:
-    """(label, ID, TXT, processor seconds of training) for one test instance and one picture of it; of the learners
-    those whose labels begin with one of `labels`, or all. A row found before is read again."""
+    """(label, ID, TXT, processor seconds of training) for one test instance and one picture of it, with its mask
+    unless `unmasked`; of the learners those whose labels begin with one of `labels`, or all. A row found before is read
+    again."""
     torch.set_num_threads(1)
     oracle, base = load(), load_checkpoint()
     real = photos(kind, number, 25)[0][1:]
     picture, mask = photos(kind, number, 25 + seed + 1)
-    given = gather([picture[-1:]], [mask[-1:]])
+    given = gather([picture[-1:]], [] if unmasked else [mask[-1:]])
     texts = [scene.format(kind) for scene, _ in SCENES]
     rows = [("class word", *judge(oracle, draw(*base, texts, 1000 * seed, cfg=cfg), kind, real), 0.0),
             ("real renders", similarity(oracle, picture[:1], real).mean().item(), 1.0, 0.0)]
@@ -114,7 +116,7 @@ def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float,
     for label, (learn, steps, use) in learners(base, kind, file, seed).items():
         if not label.startswith(labels or ""):
             continue
-        path = work("rows") / f"{kind}_{number}_{seed}_{settings(label, file, cfg, bias)}.json"
+        path = work("rows") / f"{kind}_{number}_{seed}_{settings(label, file, cfg, bias, unmasked)}.json"
         if not path.exists():
             if (learn, steps) not in learned:
                 start = time.process_time()
@@ -130,12 +132,12 @@ def one(kind: str, file: Path, number: int, seed: int, cfg: float, bias: float,
     return rows
 
 
-def settings(label: str, file: Path, cfg: float, bias: float) -> str:
+def settings(label: str, file: Path, cfg: float, bias: float, unmasked: bool) -> str:
     """A name for all that a row hangs on besides instance and seed."""
     uses = b"" if "Perfusion without" in label or not label.startswith("E4T") else file.read_bytes()
     paces = [train_textual_inversion.PRESETS["quick"], train_perfusion.PRESETS["quick"],
              tune.LEVELS, tune.SHARE, tune.WORD_RATE, tune.VALUE_RATE]
-    return hashlib.sha256(f"{label} {paces} {cfg} {bias} {SCENES} {code()}".encode() + uses).hexdigest()[:12]
+    return hashlib.sha256(f"{label} {paces} {cfg} {bias} {unmasked} {SCENES} {code()}".encode() + uses).hexdigest()[:12]
 
 
 def summary(rows: Iterable[tuple], seeds: int) -> dict[str, dict]:
@@ -171,6 +173,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--bias", type=float, default=0.7)
+    parser.add_argument("--unmasked", action="store_true", help="learn from pictures without their masks")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=(),
                         help="the learners whose labels begin so; the result's other rows then stay as they are")
@@ -179,7 +182,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def measured(args: argparse.Namespace, file: Path, labels: Iterable[str]) -> dict[str, dict]:
     """`summary` over instances and seeds."""
-    jobs = [(args.domain, file, number, seed, args.cfg, args.bias, tuple(labels))
+    jobs = [(args.domain, file, number, seed, args.cfg, args.bias, args.unmasked, tuple(labels))
             for seed in range(args.seeds) for number in range(args.instances)]
     rows = [row for part in parallel(one, *zip(*jobs, strict=True), workers=args.workers) for row in part]
     return summary(rows, args.seeds)
@@ -187,7 +190,7 @@ def measured(args: argparse.Namespace, file: Path, labels: Iterable[str]) -> dic
 
 def conditions(args: argparse.Namespace) -> dict:
     """What a result was measured with."""
-    return {name: getattr(args, name) for name in ("domain", "instances", "seeds", "cfg", "bias")}
+    return {name: getattr(args, name) for name in ("domain", "instances", "seeds", "cfg", "bias", "unmasked")}
 
 
 def so_far(args: argparse.Namespace, name: str) -> dict:
