@@ -33,13 +33,13 @@ from ..perfusion import apply, file
 from ..perfusion.covariance import encoder_fingerprint, precision
 from ..perfusion.edit import components
 from ..perfusion.global_keys import encode_with_global_keys
-from ..perfusion.masks import zero_shot
 from ..perfusion.train import EditMethod, EditRecipe
 from ..perfusion.use import apply_concept
 from ..textual_inversion import file as word_file
 from ..textual_inversion.concept import Concept
 from ..textual_inversion.train import Preview, learn_word
 from ..training.dataset import gather
+from ..training.masks import zero_shot
 from . import textual_inversion
 from .concepts import conditions, names_of, parser, report
 from .microworld import interval
@@ -165,15 +165,13 @@ def leak(base, concept: Concept, pictures: Tensor, masks: Tensor) -> float:
     latents = model.model.process_latent_in(base[2].encode(pictures))
     context, pooled = encode(ready(clip), text)
     shares = []
-
-    def call() -> None:
-        sigma = model.model.model_sampling.sigmas[torch.full((len(latents),), 500)]
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-        noisy = model.model.model_sampling.noise_scaling(sigma, noise, latents)
+    sigma = model.model.model_sampling.sigmas[torch.full((len(latents),), 500)]
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    noisy = model.model.model_sampling.noise_scaling(sigma, noise, latents)
+    with attention_to(model.model, [word_places(clip, text, concept.words[0].vectors)[0]]) as maps:
         model.model.apply_model(noisy, sigma, c_crossattn=context.expand(len(latents), -1, -1),
                                 transformer_options=model.model_options["transformer_options"])
-
-    for attended in attention_to(model.model, [word_places(clip, text, concept.words[0].vectors)[0]], call):
+    for attended in maps:
         side = int(attended.shape[1] ** 0.5)
         outside = 1 - torch.nn.functional.adaptive_avg_pool2d(masks[:, None], side).flatten(1)
         shares.append(((attended * outside).sum(1) / attended.sum(1)).mean().item())
@@ -301,9 +299,9 @@ def mask_quality(names: list[str], count: int = 16) -> dict:
         latents = model.model.process_latent_in(vae.encode(pictures))
         sentence = f"a photo of a {kind}"
         with torch.no_grad():
-            context, pooled = encode(ready(clip), sentence)
+            named, empty = encode(ready(clip), sentence), encode(ready(clip), "")
         places = range(5, 5 + len(rows(clip, kind)["clip_l"]))
-        found = zero_shot(model.model, latents, context, pooled, list(places), 0)[:, 0] > 0.5
+        found = zero_shot(model.model, latents, named, empty, list(places), 0)[:, 0] > 0.5
         true = torch.nn.functional.adaptive_avg_pool2d(masks[:, None], latents.shape[-2:])[:, 0] > 0.5
         result[name] = float(((found & true).sum((1, 2)) / (found | true).sum((1, 2))).mean())
     return {"IoU": result, "mean": interval(np.array(list(result.values())))}

@@ -134,7 +134,7 @@ class TunedWhole(WordMethod):
 
 def whole_recipe(domain: Domain, placeholder: str, steps: int, seed: int, **changes) -> Recipe:
     """Few steps from a good start, in the sentences of pretraining."""
-    settings = {"batch_size": 8, "learning_rate": 5e-4, "mask_floor": 0.02, "schedule": "constant",
+    settings = {"batch_size": 8, "learning_rate": 5e-4, "mask_floor": 0.02, "own_masks": True, "schedule": "constant",
                 "sentences": SENTENCES}
     return Recipe(**{"placeholder": placeholder, "init_text": domain.word, "steps": steps, "seed": seed, **settings,
                      **changes})

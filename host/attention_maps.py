@@ -1,8 +1,8 @@
 """Where the places of a picture attend while the host's UNet runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import CrossAttention
@@ -12,10 +12,12 @@ from torch import Tensor
 from .cross_attention import cross_attentions, overridden
 
 
-def attention_to(model: torch.nn.Module, places: Sequence[int], run: Callable[[], Any]) -> list[Tensor]:
-    """What share of its attention each place of the picture pays to the tokens at `places`, while `run` calls the UNet.
+@contextmanager
+def attention_to(model: torch.nn.Module, places: Sequence[int]) -> Iterator[list[Tensor]]:
+    """What share of its attention each place of the picture pays to the tokens at `places`, whenever the UNet runs.
 
-    One map (b q) for each cross-attention, the mean of its heads; places of the picture row by row.
+    Yields a list that gets one map (b q) for each cross-attention, the mean of its heads; places of the picture row by
+    row.
     """
     maps: list[Tensor] = []
 
@@ -29,5 +31,4 @@ def attention_to(model: torch.nn.Module, places: Sequence[int], run: Callable[[]
 
     attentions = cross_attentions(model.diffusion_model).values()
     with overridden({attention: partial(watch, attention) for attention in attentions}):
-        run()
-    return maps
+        yield maps

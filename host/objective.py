@@ -22,13 +22,21 @@ def denoising_error(
     """
     sampling = model.model_sampling
     sigma = sampling.sigmas.to(latents.device)[timesteps]
-    noisy = sampling.noise_scaling(sigma, noise, latents)
-    conditions = _conditions(model, noise, context, pooled)
-    denoised = model.apply_model(noisy, sigma, transformer_options=dict(ATTENTION), **conditions)
     weight = output_scale(sampling, sigma).pow(-2)
     if snr_cap:
         weight = signal_to_noise(sampling, sigma).clamp(max=snr_cap)
-    return (denoised - latents).pow(2) * weight.view(-1, 1, 1, 1)
+    found = denoised(model, latents, noise, timesteps, context, pooled)
+    return (found - latents).pow(2) * weight.view(-1, 1, 1, 1)
+
+
+def denoised(model: BaseModel, latents: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor,
+             pooled: Tensor | None) -> Tensor:
+    """What the model takes noised latents to be without their noise (b c h w); arguments as of `denoising_error`."""
+    sampling = model.model_sampling
+    sigma = sampling.sigmas.to(latents.device)[timesteps]
+    noisy = sampling.noise_scaling(sigma, noise, latents)
+    conditions = _conditions(model, noise, context, pooled)
+    return model.apply_model(noisy, sigma, transformer_options=dict(ATTENTION), **conditions)
 
 
 def signal_to_noise(sampling: torch.nn.Module, sigma: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..host.cross_attention import cross_attentions, overridden, with_edits
 from ..host.folders import unfinished_folder
 from ..host.sockets import CLIP, ModelPatcher
-from ..host.text import encode, encode_all, rows, word_places
+from ..host.text import encode, encode_all, word_places
 from ..textual_inversion.concept import Concept
 from ..textual_inversion.templates import AMONG_OTHERS, fill
 from ..textual_inversion.train import Recipe, WordMethod
@@ -24,7 +24,6 @@ from .apply import Applied, Call, applied, overrides
 from .concept import Edit
 from .edit import TRAINING_TEMPERATURE, similarity
 from .file import save
-from .masks import zero_shot
 
 SURE = 0.8  # of the word's own similarity: below this a prompt may hold the word
 
@@ -37,9 +36,8 @@ class EditRecipe(Recipe):
     `relative_values`, and of trained keys likewise; `learning_rate` is that of the word, `momentum` what i* keeps of
     itself at each step (section 4.4). `constancy` is the weight of a second loss that keeps the word near i* wherever
     it stands in a prompt. Each step draws its bias from `bias` ± `slide`, so that the concept is learned for the whole
-    slider. `own_masks` takes masks from the model's own attention to the super-category where none are given. `corpus`
-    names the captions of the user's own that the encoder was measured on. The last two are ablations: keys that are
-    learned instead of locked, and a gradient through i*.
+    slider. `corpus` names the captions of the user's own that the encoder was measured on. The last two are ablations:
+    keys that are learned instead of locked, and a gradient through i*.
     """
 
     value_rate: float = 0.03
@@ -78,12 +76,6 @@ class EditMethod(WordMethod):
         self.sizes = [{name: output.square().mean().sqrt().item() for name, output in kind.items()}
                       for kind in (values, keys)]
         self.keys = {name: key.requires_grad_() for name, key in keys.items()}
-        if recipe.own_masks and self.weights is None:
-            self.weights = self._own_masks(clip, lessons.latents)
-        elif recipe.own_masks and lessons.unmasked:
-            photos = list(lessons.unmasked)
-            self.weights = self.weights.clone()
-            self.weights[photos] = self._own_masks(clip, lessons.latents[photos])
         self.met: list[Tensor] = []
         self._install()
 
@@ -151,14 +143,9 @@ class EditMethod(WordMethod):
     def _super_input(self, clip: CLIP) -> Tensor:
         """The mean encoding (d), over the sentences, of the super-category's last token, which has read the others."""
         with torch.no_grad():
-            found = [encode(clip, fill(s, self.recipe.init_text))[0][0, self._super_places(s)[-1]]
+            found = [encode(clip, fill(s, self.recipe.init_text))[0][0, self.init_places(s)[-1]]
                      for s in self.recipe.sentences]
             return torch.stack(found).float().mean(0).to(self.device)
-
-    def _super_places(self, sentence: str) -> list[int]:
-        """Where the tokens of the super-category are when it takes the word's place in a sentence."""
-        first = self._place(fill(sentence, self.recipe.placeholder)) + 1 - self.recipe.vectors
-        return list(range(first, first + len(next(iter(rows(self.clip, self.recipe.init_text).values())))))
 
     def _place(self, text: str) -> int:
         if text not in self.places:
@@ -171,15 +158,6 @@ class EditMethod(WordMethod):
         self.call = None
         given = encoding[None].to(self.model.get_dtype_inference())
         return {name: getattr(attention, part)(given)[0].float() for name, attention in self.attentions.items()}
-
-    def _own_masks(self, clip: CLIP, latents: Tensor) -> Tensor:
-        sentence = "a photo of a {}"
-        with torch.no_grad():
-            context, pooled = encode(clip, fill(sentence, self.recipe.init_text))
-        masks = zero_shot(self.model, latents.flatten(0, 1), context.to(self.device), pooled,
-                          self._super_places(sentence), self.recipe.seed)
-        floor = self.recipe.mask_floor
-        return (floor + (1 - floor) * masks).unflatten(0, latents.shape[:2])
 
     @torch.no_grad()
     def _presence(self) -> float:

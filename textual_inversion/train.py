@@ -20,11 +20,12 @@ from ..host.objective import denoising_error, timestep_count
 from ..host.pictures import sample_picture, vae_encode
 from ..host.progress import Cancelled, ProgressBar
 from ..host.sockets import CLIP, VAE, ModelPatcher
-from ..host.text import encode_all, fingerprint_of, rows, word_places
+from ..host.text import encode, encode_all, fingerprint_of, rows, word_places
 from ..training import preview
 from ..training.dataset import Lessons, Photo, cache, squares, weighted_mean, working_side
 from ..training.draws import Batch
 from ..training.loop import Diverged, Plan, train
+from ..training.masks import zero_shot
 from ..training.states import States
 from .concept import Concept, Word
 from .file import save
@@ -38,8 +39,9 @@ log = logging.getLogger("concepts")
 class Recipe:
     """Everything that decides what is learned, besides the models and the photos.
 
-    `mask_floor` is the weight outside the masks, `snr_cap` the γ of min-SNR (0: off), `crops` the number of random
-    crops of each photo beside its largest square.
+    `mask_floor` is the weight outside the masks; `own_masks` takes masks from the model's own attention to the initial
+    text where none are given. `snr_cap` is the γ of min-SNR (0: off), `crops` the number of random crops of each photo
+    beside its largest square.
     """
 
     placeholder: str
@@ -60,6 +62,7 @@ class Recipe:
     warmup: int = 0
     snr_cap: float = 0.0
     mask_floor: float = 0.1
+    own_masks: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,12 @@ class WordMethod:
             if not word_places(self.clip, fill(sentence, recipe.placeholder), self.leaves):
                 raise ValueError(f"{recipe.placeholder} is not a word of its own in {sentence!r}, where it stands for "
                                  "{}; put a space between it and what touches it.")
+        if recipe.own_masks and self.weights is None:
+            self.weights = self._own_masks(clip, lessons.latents)
+        elif recipe.own_masks and lessons.unmasked:
+            photos = list(lessons.unmasked)
+            self.weights = self.weights.clone()
+            self.weights[photos] = self._own_masks(clip, lessons.latents[photos])
 
     def parameters(self) -> list[dict[str, Any]]:
         return [{"params": list(self.leaves.values()), "lr": self.recipe.learning_rate}]
@@ -144,6 +153,23 @@ class WordMethod:
     def keep(self, concept: Concept, name: str) -> Path:
         """Saves what an unfinished training learned."""
         return save(concept, unfinished_folder(), name)
+
+    def init_places(self, sentence: str) -> list[int]:
+        """Where the tokens of the initial text are when it takes the word's place in a sentence."""
+        last = word_places(self.clip, fill(sentence, self.recipe.placeholder), self.leaves)[0]
+        first = last + 1 - self.recipe.vectors
+        return list(range(first, first + len(next(iter(rows(self.clip, self.recipe.init_text).values())))))
+
+    def _own_masks(self, clip: CLIP, latents: Tensor) -> Tensor:
+        """The loss weight (n v 1 h w) of each place of latents (n v c h w) that no mask is known of."""
+        sentence = "a photo of a {}"
+        with torch.no_grad():
+            named, empty = ((context.to(latents.device), pooled) for context, pooled in
+                            (encode(clip, fill(sentence, self.recipe.init_text)), encode(clip, "")))
+        masks = zero_shot(self.model, latents.flatten(0, 1), named, empty, self.init_places(sentence),
+                          self.recipe.seed)
+        floor = self.recipe.mask_floor
+        return (floor + (1 - floor) * masks).unflatten(0, latents.shape[:2])
 
     def word(self) -> Word:
         vectors = {encoder: leaf.detach().cpu().clone() for encoder, leaf in self.leaves.items()}

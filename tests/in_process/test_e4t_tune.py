@@ -202,8 +202,8 @@ def test_the_whole_is_kept_as_a_share_of_what_was_learned(domain, photos, model,
     """The loss in training is that of the model patched with all that was learned, under the whole word's encoding."""
     latents = torch.randn(1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with private_copies(model, clip) as (unet, text):
-        method = TunedWhole(domain, photos, unet, text, whole_recipe(domain, "<mine>", 5, 5, sentences=("a {}",)),
-                            Lessons(latents, None, ("",)))
+        settings = whole_recipe(domain, "<mine>", 5, 5, sentences=("a {}",), own_masks=False)
+        method = TunedWhole(domain, photos, unet, text, settings, Lessons(latents, None, ("",)))
         for added in method.added.values():
             added.up.data.normal_(generator=torch.Generator().manual_seed(2))
         batch = draw(latents, 1000, 1, 0, 0)
@@ -222,6 +222,15 @@ def test_the_whole_is_kept_as_a_share_of_what_was_learned(domain, photos, model,
         expected = denoising_error(unet.model, batch.latents, batch.noise, batch.timesteps,
                                    encode(text, "a <mine>")[0], None).mean()
     torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_whole_is_tuned_where_the_thing_is(domain, photos, model, clip):
+    with private_copies(model, clip) as (unet, text):
+        latents = torch.randn(1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        method = TunedWhole(domain, photos, unet, text, whole_recipe(domain, "<mine>", 5, 5),
+                            Lessons(latents, None, ("",)))
+        method.installed.close()
+    assert sorted(method.weights.unique().tolist()) == [pytest.approx(0.02), 1]
 
 
 @pytest.mark.parametrize("tune", [edited, whole])
