@@ -16,6 +16,7 @@ from .training_inputs import (
     how_to_look,
     how_to_run,
     outputs,
+    own_masks,
     pace,
     run,
     stops,
@@ -59,10 +60,7 @@ class ConceptsTrainPerfusion(io.ComfyNode):
                 ]),
                 chosen_seed(),
                 *how_to_look(),
-                io.Boolean.Input("own_masks", default=True, advanced=True, tooltip=(
-                    "In photos without a mask, find the thing by where the model looks for the init text, so that "
-                    "backgrounds are not learned."
-                )),
+                own_masks(),
                 io.Float.Input("training_bias", default=0.65, min=0.0, max=1.5, step=0.01, advanced=True, tooltip=(
                     "How much like the concept a word must be for the edit to act on it while learning, a quarter up "
                     "or down at each step. Higher keeps the concept more to its own word."
@@ -117,6 +115,6 @@ def read_recipe(one: dict, pace: dict) -> EditRecipe:
         bias=one["training_bias"],
         temperature=one["training_temperature"],
         corpus=corpus_name(one.get("corpus", "")),
-        **{name: one[name] for name in ("own_masks", "momentum", "train_keys")},
+        **{name: one[name] for name in ("momentum", "train_keys")},
         **common_recipe(one, pace),
     )

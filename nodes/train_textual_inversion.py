@@ -11,6 +11,7 @@ from .training_inputs import (
     how_to_look,
     how_to_run,
     outputs,
+    own_masks,
     pace,
     run,
     stops,
@@ -57,6 +58,7 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
                     "them grow: closer to the photos. Higher: obeys the prompt more."
                 )),
                 *how_to_run(),
+                own_masks(),
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],

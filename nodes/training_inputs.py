@@ -73,6 +73,14 @@ def how_long(presets: Iterable[str], own: list[io.Input]) -> io.Input:
     ))
 
 
+def own_masks() -> io.Input:
+    """Whether the thing is looked for in photos without a mask."""
+    return io.Boolean.Input("own_masks", default=True, advanced=True, tooltip=(
+        "In photos without a mask, find the thing by where the model looks for the init text, so that backgrounds are "
+        "not learned. A style has none."
+    ))
+
+
 def chosen_seed() -> io.Input:
     """What decides everything random."""
     return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF,
@@ -244,6 +252,7 @@ def common_recipe(one: dict, pace: dict) -> dict[str, Any]:
         "seed": one["seed"],
         "sentences": sentences(one["sentences"], one["own_sentences"]),
         **{name: one[name] for name in ("snr_cap", "mask_floor", "resolution", "mirror", "crops")},
+        "own_masks": one["own_masks"] and one["sentences"] != "style",
         **pace,
     }
 

@@ -110,6 +110,13 @@ def test_train_save_load_apply(training, clip, model, folders):
     assert torch.equal(torch.stack(vectors), concept.words[0].vectors["clip_l"])
 
 
+@pytest.mark.parametrize(("kind", "same"), [("object", False), ("style", True)])
+def test_things_are_looked_for_in_photos_without_masks_and_styles_are_not(training, kind, same):
+    found = [run("ConceptsTrainTextualInversion", **training | {"own_masks": [looks], "sentences": [kind]}).result[0]
+             for looks in (True, False)]
+    assert torch.equal(*(concept.words[0].vectors["clip_l"] for concept in found)) == same
+
+
 def test_a_file_written_anew_is_read_anew(training, folders):
     load = NODES["ConceptsLoad"]
     concept = run("ConceptsTrainTextualInversion", **training).result[0]
