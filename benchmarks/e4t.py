@@ -76,7 +76,7 @@ def learners(base, kind: str, file: Path, seed: int) -> dict[str, tuple[Callable
 
     def inverted(steps: int, given) -> Concept:
         pace = train_textual_inversion.pace_of("quick", base[1], kind) | {"steps": steps}
-        return learn_word(*base, given, Recipe("<mine>", kind, seed=seed, **pace), QUIET).concept
+        return learn_word(*base, given, Recipe("<mine>", kind, seed=seed, own_masks=True, **pace), QUIET).concept
 
     def edited(steps: int, given) -> Concept:
         pace = train_perfusion.pace_of("quick", base[1], kind) | {"steps": steps}
