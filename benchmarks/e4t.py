@@ -5,7 +5,8 @@ with the whole model tuned, by the same tuning without the encoder, and by Textu
 class word on the same picture. ID and TXT of the scenes of `textual_inversion.py`, and the processor seconds of each
 training, which do not hang on what else the machine does. What pretraining cost is in the domain's record.
 
-`e4t_car.json` is `--domain car --seeds 1 --file` with a domain pretrained for it. `e4t_teddy_40.json`, over more things
+`e4t_car.json` is `--domain car --file` with what `microworld/pretrain.py --domain car --minutes 60` makes, and `--only`
+with the labels in it. `e4t_teddy_40.json`, over more things
 and fewer seeds, is `--name e4t_teddy_40 --instances 40 --seeds 1 --only` with the labels in it, and
 `e4t_teddy_unmasked.json` the same of pictures without masks: `--unmasked --name e4t_teddy_unmasked` and so on.
 """
