@@ -6,9 +6,9 @@ class word on the same picture. ID and TXT of the scenes of `textual_inversion.p
 training, which do not hang on what else the machine does. What pretraining cost is in the domain's record.
 
 `e4t_car.json` is `--domain car --file` with what `microworld/pretrain.py --domain car --minutes 60` makes, and `--only`
-with the labels in it. `e4t_teddy_40.json`, over more things
-and fewer seeds, is `--name e4t_teddy_40 --instances 40 --seeds 1 --only` with the labels in it, and
-`e4t_teddy_unmasked.json` the same of pictures without masks: `--unmasked --name e4t_teddy_unmasked` and so on.
+with the labels in it. `e4t_teddy_40.json`, over more things and fewer seeds, is `--name e4t_teddy_40 --instances 40
+--seeds 1 --only` with the labels in it, and `e4t_teddy_unmasked.json` the same of pictures without masks: `--unmasked
+--name e4t_teddy_unmasked` and so on.
 """
 
 from __future__ import annotations
