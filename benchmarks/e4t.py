@@ -7,8 +7,8 @@ training, which do not hang on what else the machine does. What pretraining cost
 
 `e4t_car.json` is `--domain car --file` with what `microworld/pretrain.py --domain car --minutes 60` makes, and `--only`
 with the labels in it. `e4t_teddy_40.json`, over more things and fewer seeds, is `--name e4t_teddy_40 --instances 40
---seeds 1 --only` with the labels in it, and `e4t_teddy_unmasked.json` the same of pictures without masks: `--unmasked
---name e4t_teddy_unmasked` and so on.
+--seeds 1 --only` with the labels in it, and `e4t_teddy_unmasked.json` that of 30 pictures without masks: `--unmasked
+--name e4t_teddy_unmasked --instances 30` and so on.
 """
 
 from __future__ import annotations
