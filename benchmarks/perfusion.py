@@ -289,7 +289,7 @@ def judged_renders(names: list[str], count: int = 8) -> dict:
 
 
 def mask_quality(names: list[str], count: int = 16) -> dict:
-    """Intersection over union of zero-shot masks, cut at one half, with the true ones at the latents' size."""
+    """Intersection over union of zero-shot masks with the true ones, cut at one half, at the latents' size."""
     base = load_checkpoint()
     model, clip, vae = base
     result = {}
@@ -301,7 +301,7 @@ def mask_quality(names: list[str], count: int = 16) -> dict:
         with torch.no_grad():
             named, empty = encode(ready(clip), sentence), encode(ready(clip), "")
         places = range(5, 5 + len(rows(clip, kind)["clip_l"]))
-        found = zero_shot(model.model, latents, named, empty, list(places), 0)[:, 0] > 0.5
+        found = zero_shot(model.model, latents, named, empty, list(places), 0)[:, 0].bool()
         true = torch.nn.functional.adaptive_avg_pool2d(masks[:, None], latents.shape[-2:])[:, 0] > 0.5
         result[name] = float(((found & true).sum((1, 2)) / (found | true).sum((1, 2))).mean())
     return {"IoU": result, "mean": interval(np.array(list(result.values())))}

@@ -9,6 +9,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from ..host.attention_maps import attention_to
 from ..host.objective import denoised, timestep_count
+from ..host.progress import stop_if_cancelled
 
 NOISE = 2 * (0.2, 0.4, 0.6)  # shares of the schedule at which the model is asked, each under noise of its own
 SMOOTHED = 20  # the part of the short side within which values are averaged
@@ -50,6 +51,7 @@ def _maps(model: torch.nn.Module, latents: Tensor, noises: Tensor, named: Encodi
     """The sums (b 1 h w) of attention maps and of changed predictions; `noises` (b s c h w), one for each of
     `NOISE`."""
     size = latents.shape[-2:]
+    stop_if_cancelled()
     looked, changed = torch.zeros(2, len(latents), 1, *size, device=latents.device)
     for share, noise in zip(NOISE, noises.unbind(1), strict=True):
         timesteps = torch.full((len(latents),), int(share * timestep_count(model)), device=latents.device)

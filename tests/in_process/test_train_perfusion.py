@@ -234,6 +234,13 @@ def test_a_photo_without_a_mask_beside_masked_ones_gets_one_of_its_own(model, cl
     assert bool((lessons.weights[1] == 1).all()) and made.weights[1].min() == pytest.approx(0.2)
 
 
+def test_cancel_is_heard_while_things_are_looked_for(method_of):
+    make, _ = method_of
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        make(own_masks=True)
+
+
 def test_a_threshold_parts_two_heaps():
     generator = torch.Generator().manual_seed(0)
     few, many = torch.rand(10, generator=generator) + 3, torch.rand(90, generator=generator)
