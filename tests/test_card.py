@@ -85,6 +85,15 @@ def test_a_domain_is_pretrained_and_a_model_tuned(single):
 
 
 @pytest.mark.parametrize("precision", ["single", "half"])
+def test_a_model_is_tuned_where_it_finds_the_thing(request, precision):
+    client = request.getfixturevalue(precision)
+    prompt = example(client.object_info(), "e4t_one_picture")
+    del the(prompt, "ConceptsTuneE4T")["masks"]
+    the(prompt, "ConceptsTuneE4T")["result"] = "tuned model"
+    assert drawn(client, prompt)
+
+
+@pytest.mark.parametrize("precision", ["single", "half"])
 def test_a_concept_is_inspected_exported_hooked_and_locked(request, precision):
     client = request.getfixturevalue(precision)
     prompt = example(client.object_info(), "perfusion_inline")
