@@ -342,7 +342,8 @@ def call(command: list, env: dict[str, str]) -> int:
     try:
         code = child.wait()
     except KeyboardInterrupt:
-        code = child.wait()  # a terminal sends Ctrl-C to both, and the child cleans up
+        child.wait()  # a terminal sends Ctrl-C to both, and the child cleans up
+        raise
     finally:
         stop(child)
     return code if code >= 0 else 128 - code  # what shells say of a program that a signal ended

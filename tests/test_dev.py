@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -268,7 +270,7 @@ def test_signals_stop_the_server(env, host, tmp_path, kind):
 
     options = {"env": using(env, host), "stdout": subprocess.DEVNULL, "start_new_session": True, "preexec_fn": listen}
     with subprocess.Popen(command, **options) as child:
-        wait_for(lambda: answers(port))
+        wait_for(lambda: answers(port) and queued(port))
         for _ in range(2 if kind is signal.SIGTERM else 1):
             os.killpg(child.pid, kind)
         assert child.wait(120) in (130, 143)
@@ -280,6 +282,24 @@ def test_a_program_that_a_signal_ends_has_its_code():
     """Ctrl-C may come before a program listens for it."""
     code = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.kill(os.getpid(), signal.SIGINT)"
     assert dev.call([sys.executable, "-c", code], dict(os.environ)) == 130
+
+
+@pytest.mark.skipif(dev.WINDOWS, reason="Windows has no signals")
+def test_ctrl_c_counts_though_a_program_misses_it():
+    """Python loses one that comes while it looks at its first argument."""
+    code = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); os.kill(os.getppid(), signal.SIGINT)"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            dev.call([sys.executable, "-c", code], dict(os.environ))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def queued(port: int) -> int:
+    """Return how many workflows a server has before it."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/prompt", timeout=60) as answer:
+        return json.load(answer)["exec_info"]["queue_remaining"]
 
 
 def wait_for(condition, seconds: float = 300) -> None:
