@@ -49,7 +49,7 @@ def scaled(difference: Difference, share: float) -> Difference:
 
 
 def changed_weight(weight: Tensor, offset: Offset | None, added: LowRank | None) -> Tensor:
-    """W' (out in) for one matrix, in the precision of the factors."""
+    """W' (out in) for one matrix, in the factors' precision and on their device."""
     if offset is not None:
         weight = offset_weight(weight, offset)
-    return weight if added is None else weight.to(added.up.dtype) + added.up @ added.down
+    return weight if added is None else weight.to(added.up) + added.up @ added.down

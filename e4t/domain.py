@@ -44,8 +44,9 @@ class Domain:
     """What pretraining learned of a class of things.
 
     `word` is the class word that predicted words start from, `scale` the size of an offset of 1 in the encoder's unit.
-    `base` is the family of checkpoints; `model` and `text` are fingerprints of the UNet and of the text encoder that it
-    was learned on, `vision` that of the CLIP vision that its encoder sees with, empty where it has a stem.
+    `base` is the family of checkpoints. `text` is the fingerprint of the text encoder that it was learned on, `model`
+    that of UNet and text encoder with their LoRAs, for the record; `vision` that of the CLIP vision that its encoder
+    sees with, empty where it has a stem.
     """
 
     word: str

@@ -13,7 +13,7 @@ from ..host.objective import denoising_error
 from ..host.sockets import CLIP, ModelPatcher
 from ..host.text import encode, encode_words, rows, word_places
 from ..host.unet_features import unet_features
-from ..host.weight_offsets import attention_matrices, offset_layers
+from ..host.weight_offsets import offset_layers
 from ..perfusion.apply import Applied, Call
 from ..perfusion.concept import Edit
 from ..perfusion.edit import TRAINING_BIAS, TRAINING_TEMPERATURE
@@ -64,8 +64,7 @@ class Predictor:
             self.empty = encode(clip, "")
             self.super_input = self._super_input(clip)
         self.attentions = cross_attentions(self.model.diffusion_model)
-        self.matrices = attention_matrices(self.model.diffusion_model)
-        self.changed: dict[str, Tensor] = {}
+        self.offsetting: Mapping[str, Offset] = {}
         self.call: Together | None = None
         self.installed = ExitStack()
         self._install()
@@ -74,7 +73,7 @@ class Predictor:
         """For pictures as the encoder sees them, one for all or for each, and their noised latents, as in `Pair`."""
         self._rest()
         if self.encoder.hears_offsets:
-            self.changed = self._offset()
+            self.offsetting = self.offsets
         features = unet_features(self.model, latents, noise, timesteps, *self.empty)
         return self.encoder(self.encoder.image_part(seen), features)
 
@@ -116,7 +115,7 @@ class Predictor:
             with torch.autocast(self.device.type, enabled=False):
                 self.call = self._together(context.float(), sentences, added)
         else:
-            self.changed = self._offset()
+            self.offsetting = self.offsets
             size = size + penalty(self.offsets) if self.offsets else size
         error = denoising_error(self.model, pair.batch.latents, pair.batch.noise, pair.batch.timesteps, context, pooled)
         return weighted_mean(error.float(), pair.weights) + regulariser * size
@@ -126,7 +125,7 @@ class Predictor:
         """While it lasts, this encoder and these offsets are used, and the offsets act on the model."""
         own = self.encoder, self.offsets
         self.encoder, self.offsets = encoder, offsets
-        self.changed = self._offset()
+        self.offsetting = offsets
         try:
             yield
         finally:
@@ -135,12 +134,13 @@ class Predictor:
 
     def _rest(self) -> None:
         """Leaves the model as it is."""
-        self.call, self.changed = None, {}
+        self.call, self.offsetting = None, {}
 
-    def _offset(self) -> dict[str, Tensor]:
+    def _offset(self, layer: str, weight: Tensor) -> Tensor:
+        if layer not in self.offsetting:
+            return weight
         with torch.autocast(self.device.type, enabled=False):  # which would round 1 + Δ to a step of 1/128
-            return {name: offset_weight(layer.weight, self.offsets[name])
-                    for name, layer in self.matrices.items() if name in self.offsets}
+            return offset_weight(weight, self.offsetting[layer])
 
     def _together(self, context: Tensor, sentences: list[str], added: dict[str, Tensor]) -> Together:
         targets = context[range(len(context)), [self.places[sentence] for sentence in sentences]].detach()
@@ -160,9 +160,6 @@ class Predictor:
     def _install(self) -> None:
         """Lets the private copy's layers compute with the offsets, and with the edit on top of them."""
 
-        def offset(name: str, weight: Tensor) -> Tensor:
-            return self.changed.get(name, weight)
-
         def edited(kind: str, name: str, forward, encodings: Tensor) -> Tensor:
             return getattr(self.call, kind)(name, forward, encodings) if self.call else forward(encodings)
 
@@ -170,5 +167,5 @@ class Predictor:
         for name, attention in self.attentions.items():
             layers[attention.to_k] = partial(edited, "keys", name)
             layers[attention.to_v] = partial(edited, "values", name)
-        self.installed.enter_context(overridden(offset_layers(self.model.diffusion_model, offset)))
+        self.installed.enter_context(overridden(offset_layers(self.model.diffusion_model, self._offset)))
         self.installed.enter_context(overridden(layers))

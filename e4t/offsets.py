@@ -28,8 +28,8 @@ def new_offsets(shapes: Mapping[str, tuple[int, int]], seed: int) -> dict[str, O
 
 
 def offset_weight(weight: Tensor, offset: Offset, strength: float = 1.0) -> Tensor:
-    """W ⊙ (1 + strength · left @ right) (out in), in the precision of the offset."""
-    return weight.to(offset.left.dtype) * (1 + strength * (offset.left @ offset.right))
+    """W ⊙ (1 + strength · left @ right) (out in), in the offset's precision and on its device."""
+    return weight.to(offset.left) * (1 + strength * (offset.left @ offset.right))
 
 
 def penalty(offsets: Mapping[str, Offset]) -> Tensor:

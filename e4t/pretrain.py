@@ -218,6 +218,13 @@ def shape_of(unet: ModelPatcher, clip: CLIP, recipe: Recipe, heard: tuple[int, .
                  {name: given for name, (_, given) in sizes(unet).items()}, stem=not heard, side=recipe.side)
 
 
+def check_shares(batch_size: int, processes: int, accumulation: int) -> None:
+    """Raises ValueError unless a batch has as many pictures for each part that each process computes."""
+    if accumulation < 1 or batch_size % (processes * accumulation):
+        raise ValueError(f"A batch of {batch_size} cannot be shared evenly by {processes} processes in {accumulation} "
+                         "parts each.")
+
+
 def pretrain(
     model: ModelPatcher, clip: CLIP, samples: Samples, recipe: Recipe, keeping: Keeping, metric: Tensor,
     workers: Workers | None = None, recompute: bool = False, bf16: bool = False,
@@ -235,9 +242,7 @@ def pretrain(
     workers = workers or Workers()
     if not recipe.steps and not recipe.minutes:
         raise ValueError("Pretraining needs an end: give a number of steps or of minutes above 0.")
-    if accumulation < 1 or recipe.batch_size % (workers.count * accumulation):
-        raise ValueError(f"A batch of {recipe.batch_size} cannot be shared evenly by {workers.count} processes in "
-                         f"{accumulation} parts each.")
+    check_shares(recipe.batch_size, workers.count, accumulation)
     given = recipe, *samples.latents.shape
     if workers.of_first(given) != given:
         raise ValueError("This process was given other settings or another number of pictures than the first of its "
@@ -381,6 +386,7 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
     name = file_name(args.name, args.word)
     output, name = (args.output, name) if args.output else (domains_folder(), free_name(DOMAINS, name, ENDING))
     workers = Workers()
+    check_shares(args.batch_size, workers.count, args.accumulation)
     work = args.work or states_folder()
     vision = Vision(load_clip_vision(args.clip_vision)) if args.clip_vision else None
     side = args.resolution or native_side(model)

@@ -26,7 +26,7 @@ from ..host.folders import unfinished_folder
 from ..host.objective import timestep_count
 from ..host.sockets import CLIP, ModelPatcher
 from ..host.text import encode_words
-from ..host.weight_offsets import ALL_PARTS, attention_matrices, matrix_shapes, offset_layers
+from ..host.weight_offsets import ALL_PARTS, matrix_shapes, offset_layers
 from ..textual_inversion.concept import Concept
 from ..textual_inversion.train import Recipe, WordMethod
 from ..training.dataset import Lessons, Photo, squares
@@ -71,11 +71,9 @@ class TunedWhole(WordMethod):
                         for layer, offset in domain.offsets.items()}
         self.added = {layer: LowRank(*(f.to(self.device).requires_grad_() for f in (factors.up, factors.down)))
                       for layer, factors in nothing_added(matrix_shapes(unet, ALL_PARTS), RANK, recipe.seed).items()}
-        self.matrices = attention_matrices(self.model.diffusion_model, ALL_PARTS)
-        self.changed: dict[str, Tensor] = {}
+        self.acting = False
         self.installed = ExitStack()
-        self.installed.enter_context(overridden(offset_layers(
-            self.model.diffusion_model, lambda name, weight: self.changed.get(name, weight), ALL_PARTS)))
+        self.installed.enter_context(overridden(offset_layers(self.model.diffusion_model, self._tuned, ALL_PARTS)))
 
     def parameters(self) -> list[dict[str, Any]]:
         factors = [f for offset in self.offsets.values() for f in (offset.left, offset.right)]
@@ -91,12 +89,11 @@ class TunedWhole(WordMethod):
         """The error (b) under words that the encoder predicts from each sample's own noised latent, and what is added
         to them."""
         batch = replace(batch, timesteps=later(batch.timesteps, timestep_count(self.model), self.encoder.times))
-        tuned = self._tuned()
-        self.changed = tuned if self.encoder.hears_offsets else {}
+        self.acting = self.encoder.hears_offsets
         said = self.predictor.predict(self.seen[batch.photos], batch.latents, batch.noise, batch.timesteps)
         words = {name: found + self.moved[name] for name, found in self.predictor.words(said).items()}
         context, pooled = encode_words(self.clip, self.prompts(batch), words)
-        self.changed = tuned
+        self.acting = True
         return self.error_under(batch, context, pooled) + REGULARISER * self.predictor.size(said)
 
     def after_step(self) -> None:
@@ -117,16 +114,14 @@ class TunedWhole(WordMethod):
         """What is kept of what is learned so far, as values of its own."""
         return scaled(Difference(self.offsets, self.added), self.encoder.kept)
 
-    def _tuned(self) -> dict[str, Tensor]:
-        return {layer: changed_weight(matrix.weight, self.offsets.get(layer), self.added[layer])
-                for layer, matrix in self.matrices.items()}
+    def _tuned(self, layer: str, weight: Tensor) -> Tensor:
+        return changed_weight(weight, self.offsets.get(layer), self.added[layer]) if self.acting else weight
 
     def _settle(self) -> None:
         """Makes the word what is kept of the mean of what `loss` now learns with, and leaves the model as it is."""
-        with torch.no_grad():
-            self.changed = self._tuned() if self.encoder.hears_offsets else {}
+        self.acting = self.encoder.hears_offsets
         start = mean_of(predict_each(self.predictor, self.seen, self.latents, self.recipe.seed))
-        self.changed = {}
+        self.acting = False
         for name, vectors in start.words.items():
             whole = vectors + self.moved[name].detach()
             self.leaves[name].data.copy_(torch.lerp(self.predictor.rows[name], whole, self.encoder.kept))

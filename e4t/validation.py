@@ -62,8 +62,8 @@ def pictures(predictor: Predictor, unet: ModelPatcher, clip: CLIP, look: Look, e
             drawn = sample_picture(unet, taught, look.vae, fill("a photo of a {}", PLACEHOLDER), latent.shape[1:],
                                    look.cfg, STEPS, seed)
         known = look.vae.decode(unet.model.process_latent_out(latent))[0].cpu().clamp(0, 1)
+        settle(unet, clip.patcher)  # the VAE may have moved the UNet off the card
         columns.append(torch.cat([known, drawn]))
-    settle(unet, clip.patcher)
     return torch.cat(columns, 1)
 
 

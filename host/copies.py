@@ -25,8 +25,7 @@ from .cross_attention import KEY
 from .text import UNUSED
 
 log = logging.getLogger("concepts")
-AMPLE = 25  # bytes for each weight at 512 pixels: 20 GB on SD1.x, room for a batch of 4 with all activations kept
-
+AMPLE = 5  # bytes for each weight at 512 pixels, and again for each picture of a batch: 20 GB for 4 on SD1.x
 MOST = 0.6  # of a card for weights: what is left is for activations, previews and the system
 
 
@@ -84,10 +83,11 @@ def settle(*patchers: ModelPatcher) -> None:
     comfy.model_management.load_models_gpu(list(patchers), memory_required=1e20, force_full_load=True)
 
 
-def memory_is_short(model: ModelPatcher) -> bool:
-    """Whether the model's device is a graphics card with less memory than training in one go takes."""
+def memory_is_short(model: ModelPatcher, pictures: int) -> bool:
+    """Whether the model's device is a graphics card with less memory than a batch of so many pictures takes in training
+    that keeps all activations."""
     device, weights = model.load_device, sum(weight.numel() for weight in model.model.parameters())
-    ample = AMPLE * weights * (native_side(model) / 512) ** 2
+    ample = AMPLE * weights * (1 + pictures) * (native_side(model) / 512) ** 2
     return device.type != "cpu" and comfy.model_management.get_total_memory(device) < ample
 
 

@@ -12,7 +12,7 @@ from comfy_execution.utils import get_executing_context
 
 __all__ = ["Cancelled", "ProgressBar", "shown", "stop_if_cancelled", "warned"]
 
-Cancelled = InterruptProcessingException  # a BaseException: `except Exception` does not see it
+Cancelled = InterruptProcessingException  # `except Exception` sees it in the oldest hosts only
 stop_if_cancelled = throw_exception_if_processing_interrupted
 
 

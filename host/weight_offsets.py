@@ -90,7 +90,10 @@ def with_added(model: ModelPatcher, added: Mapping[str, LowRank], strength: floa
 def offset_layers(
     unet: torch.nn.Module, changed: Callable[[str, Tensor], Tensor], parts: Sequence[str] = PARTS
 ) -> dict[torch.nn.Module, Callable]:
-    """What `host.cross_attention.overridden` takes so that layers compute with `changed(name, weight)` (out in)."""
+    """What `host.cross_attention.overridden` takes so that layers compute with `changed(name, weight)` (out in).
+
+    It is asked in the layer itself, so that gradient checkpointing keeps no changed matrices either.
+    """
 
     def through(name: str, layer: torch.nn.Module, forward: Callable, x: Tensor) -> Tensor:
         weight = changed(name, layer.weight)

@@ -110,7 +110,8 @@ class ConceptsLoad(io.ComfyNode):
             inputs=[
                 io.Combo.Input("name", options=_names(), tooltip=(
                     "A word in models/embeddings: safetensors, or .pt and .bin, which are read without running code; "
-                    "or, with concepts/ in front, a Perfusion concept in models/concepts."
+                    "or, with concepts/ in front, a Perfusion concept or tuned model in "
+                    "models/concepts."
                 )),
                 io.String.Input("placeholder", default="", tooltip=(
                     "The word that prompts use for it. Empty takes the one in the file, or <file name>."

@@ -23,8 +23,8 @@ class ConceptsImportE4T(io.ComfyNode):
             category="concepts/io",
             description=(
                 "Makes a domain of a release of e4t-diffusion, such as e4t-diffusion-ffhq-celebahq-v1 for faces: its "
-                "weight offsets become a few hundred times smaller without loss, and all is saved as one file in "
-                "models/e4t. Needed once; Load E4T Domain reads that file."
+                "weight offsets become a few hundred times smaller with hardly any loss, and all is saved as one file "
+                "in models/e4t. Needed once; Load E4T Domain reads that file."
             ),
             search_aliases=["e4t", "import domain", "mkshing", "e4t-diffusion", "weight_offsets.pt"],
             is_output_node=True,

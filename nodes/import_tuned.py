@@ -44,8 +44,8 @@ class ConceptsImportTunedE4T(io.ComfyNode):
                 )),
                 io.String.Input("placeholder", default="<mine>", tooltip="The word that prompts will use for it."),
                 io.Int.Input("rank", default=16, min=1, max=64, advanced=True, tooltip=(
-                    "How many directions of each matrix's change are kept: more keep more of it in a larger file, 1 MB "
-                    "each. The report says how much that is."
+                    "How many directions of each matrix's change are kept: more keep more of it in a larger file, 0.4 "
+                    "MB each. The report says how much that is."
                 )),
                 io.Image.Input("image", optional=True, tooltip=(
                     "The picture it was tuned on; without one, domain.png of the folder."

@@ -33,7 +33,8 @@ class ConceptsLoadPhotos(io.ComfyNode):
                     "The photos, the largest of them made smaller: to 2048 pixels on the short side."
                 )),
                 io.Mask.Output("masks", display_name="masks", is_output_list=True, tooltip=(
-                    "Where the thing is in each photo; everywhere for photos without a mask."
+                    "Where the thing is in each photo; everywhere for photos without a mask, in which trainings look "
+                    "for it themselves."
                 )),
                 io.String.Output("captions", display_name="captions", is_output_list=True, tooltip=(
                     "What each photo shows; empty for photos without a caption."

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..e4t import domain
-from ..e4t.pretrain import Keeping, Recipe, pretrain
+from ..e4t.pretrain import Keeping, Recipe, check_shares, pretrain
 from ..e4t.samples import read_samples
 from ..e4t.validation import Look
 from ..host.bases import base_name, check_pair, native_side
@@ -128,6 +128,7 @@ class ConceptsPretrainE4T(io.ComfyNode):
         if clip is None or is_empty(vae):
             raise ValueError("Pretraining needs the checkpoint's text encoder (CLIP) and its VAE; one of them is "
                              "missing in this file.")
+        check_shares(batch_size, 1, accumulation)
         base_name(model)
         check_pair(model, clip)
         side = resolution or native_side(model)
@@ -153,10 +154,11 @@ class ConceptsPretrainE4T(io.ComfyNode):
             bar.update_absolute(step, steps, ("JPEG", to_pil(picture), 832))
 
         learned = pretrain(model, clip, samples, recipe, Keeping(states_folder()), precision(clip),
-                           recompute=memory_is_short(model), bf16=computes_in_bf16(model), watch=watch,
-                           accumulation=accumulation, look=Look(vae, show, preview_cfg))
-        domain.save(learned, domains_folder(), file, overwrite=True)
+                           recompute=memory_is_short(model, batch_size // accumulation),
+                           bf16=computes_in_bf16(model), watch=watch, accumulation=accumulation,
+                           look=Look(vae, show, preview_cfg))
+        path = domain.save(learned, domains_folder(), file, overwrite=True)
         said = f"Saved: choose {file}{domain.ENDING} in Load E4T Domain."
         if samples.unreadable:
             said += f" Pictures that could not be read and were left out: {samples.unreadable}; the log names them."
-        return io.NodeOutput(learned, drawn[0][None], ui=shown(said))
+        return io.NodeOutput(domain.load(path), drawn[0][None], ui=shown(said))

@@ -7,7 +7,6 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..host.bases import base_name, check_pair
-from ..host.copies import memory_is_short
 from ..host.pictures import is_empty
 from ..host.progress import shown, warned
 from ..host.text import is_ordinary_word, ready, rows
@@ -76,8 +75,8 @@ def how_long(presets: Iterable[str], own: list[io.Input]) -> io.Input:
 def own_masks() -> io.Input:
     """Whether the thing is looked for in photos without a mask."""
     return io.Boolean.Input("own_masks", default=True, advanced=True, tooltip=(
-        "In photos without a mask, find the thing by where the model looks for the init text, so that backgrounds are "
-        "not learned. A style has none."
+        "In photos without a mask, find the thing by where the init text makes the model look and changes what it "
+        "draws, so that backgrounds are not learned. A style has none."
     ))
 
 
@@ -128,8 +127,8 @@ def how_to_run() -> list[io.Input]:
     return [
         io.Combo.Input("save_memory", options=["auto", "on", "off"], default="auto", advanced=True, tooltip=(
             "Compute parts of the model twice instead of keeping them (gradient checkpointing): about half "
-            "the memory, a third slower. 'auto' does so on cards with less than 20 GB for Stable Diffusion 1.x, and "
-            "on any that is not far larger for SDXL."
+            "the memory, a third slower. 'auto' does so on cards with less than 20 GB for four pictures a step "
+            "on Stable Diffusion 1.x, or 40 GB for eight, and on any that is not far larger for SDXL."
         )),
         io.Int.Input("save_every", default=100, min=0, max=100000, advanced=True, tooltip=(
             "Keeps a state on disk every so many steps, from which the training goes on after a crash or "
@@ -257,7 +256,7 @@ def common_recipe(one: dict, pace: dict) -> dict[str, Any]:
     }
 
 
-Learn = Callable[[dict, list[Photo], Preview, Keeping, bool], tuple[Recipe, Lesson]]
+Learn = Callable[[dict, list[Photo], Preview, Keeping, bool | None], tuple[Recipe, Lesson]]
 
 
 def run(node: type[io.ComfyNode], inputs: dict, learn: Learn) -> io.NodeOutput:
@@ -268,7 +267,7 @@ def run(node: type[io.ComfyNode], inputs: dict, learn: Learn) -> io.NodeOutput:
     check_sockets(one)
     view = Preview(one["preview_every"], one["preview_prompt"], one["preview_cfg"], one["preview_steps"])
     keeping = Keeping(one["save_every"], one["keep_states"], one["resume"])
-    recompute = one["save_memory"] == "on" or one["save_memory"] == "auto" and memory_is_short(one["model"])
+    recompute = {"on": True, "off": False, "auto": None}[one["save_memory"]]
     with warned() as sentences:
         recipe, lesson = learn(one, photos, view, keeping, recompute)
     if len(lesson.losses) < recipe.steps:

@@ -82,9 +82,3 @@ def change(components: Tensor, gates: Tensor, inputs: Tensor, outputs: Tensor) -
     place of what is taken out -> (… d_l).
     """
     return torch.cat([gates, -components], -1) @ torch.cat([outputs, inputs])
-
-
-def rank_one(weight: Tensor, target_input: Tensor, output: Tensor, dual: Tensor) -> Tensor:
-    """The ungated edit as a change Δ of the weight (d_l d), as in ROME: (o* - W i) (C⁻¹ i)ᵀ / <i, i>."""
-    residual = output - weight @ target_input
-    return torch.outer(residual, dual.to(weight)) / (target_input @ dual.to(target_input))

@@ -11,7 +11,7 @@ from concepts_pack.microworld.client import Client
 from concepts_pack.microworld.domain import write_instance
 
 from .conftest import interrupt, script
-from .test_server import ROOT, WORKFLOWS, example, the
+from .test_server import ROOT, WORKFLOWS, example, quickly, the
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the card is compiled by g++")
 
@@ -58,9 +58,7 @@ def small(tmp_path_factory, server):
 
 def drawn(client, prompt):
     """What the prompt saves, with two steps wherever something is drawn."""
-    for node in prompt.values():
-        node["inputs"] |= {name: 2 for name in ("steps", "preview_steps") if name in node["inputs"]}
-    outputs = client.run(prompt)
+    outputs = client.run(quickly(prompt))
     return [image for key, node in prompt.items() if node["class_type"] == "SaveImage"
             for image in client.images(outputs[key])]
 
@@ -77,11 +75,13 @@ def test_half_precision_trains(request, kind):
     assert drawn(client, example(client.object_info(), "perfusion_train"))
 
 
-def test_a_domain_is_pretrained_and_a_model_tuned(single):
-    prompt = example(single.object_info(), "e4t_pretrain")
+@pytest.mark.parametrize("kind", ["single", "small"])
+def test_a_domain_is_pretrained_and_a_model_tuned(request, kind):
+    client = request.getfixturevalue(kind)
+    prompt = example(client.object_info(), "e4t_pretrain")
     the(prompt, "ConceptsPretrainE4T")["folder"] = "things"  # two instead of a hundred
     the(prompt, "ConceptsTuneE4T")["result"] = "tuned model"
-    assert drawn(single, prompt)
+    assert drawn(client, prompt)
 
 
 @pytest.mark.parametrize("precision", ["single", "half"])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..host.bases import base_name, check_pair, native_side
 from ..host.clip_overlay import with_words
-from ..host.copies import card_is_small, fingerprint, private_copies, settle
+from ..host.copies import card_is_small, fingerprint, memory_is_short, private_copies, settle
 from ..host.folders import states_folder, unfinished_folder
 from ..host.objective import denoising_error, timestep_count
 from ..host.pictures import sample_picture, vae_encode
@@ -39,9 +39,9 @@ log = logging.getLogger("concepts")
 class Recipe:
     """Everything that decides what is learned, besides the models and the photos.
 
-    `mask_floor` is the weight outside the masks; `own_masks` takes masks from the model's own attention to the initial
-    text where none are given. `snr_cap` is the γ of min-SNR (0: off), `crops` the number of random crops of each photo
-    beside its largest square.
+    `mask_floor` is the weight outside the masks; `own_masks` takes masks from what the model itself knows of the
+    initial text (`training.masks`) where none are given. `snr_cap` is the γ of min-SNR (0: off), `crops` the number of
+    random crops of each photo beside its largest square.
     """
 
     placeholder: str
@@ -166,10 +166,11 @@ class WordMethod:
         with torch.no_grad():
             named, empty = ((context.to(latents.device), pooled) for context, pooled in
                             (encode(clip, fill(sentence, self.recipe.init_text)), encode(clip, "")))
-        masks = zero_shot(self.model, latents.flatten(0, 1), named, empty, self.init_places(sentence),
-                          self.recipe.seed)
+        plain = latents[:, :latents.shape[1] // (1 + self.recipe.mirror)]  # mirrored twins come after all of them
+        masks = zero_shot(self.model, plain.flatten(0, 1), named, empty, self.init_places(sentence),
+                          self.recipe.seed).unflatten(0, plain.shape[:2])
         floor = self.recipe.mask_floor
-        return (floor + (1 - floor) * masks).unflatten(0, latents.shape[:2])
+        return floor + (1 - floor) * (torch.cat([masks, masks.flip(-1)], 1) if self.recipe.mirror else masks)
 
     def word(self) -> Word:
         vectors = {encoder: leaf.detach().cpu().clone() for encoder, leaf in self.leaves.items()}
@@ -220,7 +221,7 @@ class Watcher:
 
 def learn_word(
     model: ModelPatcher, clip: CLIP, vae: VAE, photos: Sequence[Photo], recipe: Recipe, view: Preview,
-    keeping: Keeping | None = None, recompute: bool = False, method_of: Callable[..., WordMethod] = WordMethod,
+    keeping: Keeping | None = None, recompute: bool | None = False, method_of: Callable[..., WordMethod] = WordMethod,
 ) -> Lesson:
     """Learns `recipe.placeholder` from photos; `model`, `clip` and `vae` stay as they are.
 
@@ -228,11 +229,13 @@ def learn_word(
 
     Cancelled on the way, it keeps a file of what was learned so far in output/concepts and returns that. With
     `keeping` the same training goes on where it was stopped, even by a crash, and ends as if it never had been.
-    `recompute` halves the memory and costs a third of the speed.
+    `recompute` halves the memory and costs a third of the speed; None does so where the card is short of memory.
     Raises ValueError with one sentence for input it cannot learn from, and Diverged when the loss is lost.
     """
     base = base_name(model)
     check_pair(model, clip)
+    if recompute is None:
+        recompute = memory_is_short(model, recipe.batch_size)
     side = working_side(photos, recipe.resolution, native_side(model))
     views = squares(photos, side, recipe.crops, recipe.mirror, recipe.seed)
     lessons = cache(lambda pictures: model.model.process_latent_in(vae_encode(vae, pictures)), views, len(photos),

@@ -9,11 +9,11 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from ..host.attention_maps import attention_to
 from ..host.objective import denoised, timestep_count
-from ..host.progress import stop_if_cancelled
+from ..host.progress import ProgressBar, stop_if_cancelled
 
 NOISE = 2 * (0.2, 0.4, 0.6)  # shares of the schedule at which the model is asked, each under noise of its own
 SMOOTHED = 20  # the part of the short side within which values are averaged
-AT_ONCE = 4  # pictures: attention maps take more memory than training does
+AT_ONCE = 4  # pictures, whose attention maps take about the memory of training on one
 
 Encoding = tuple[Tensor, Tensor | None]
 
@@ -26,15 +26,18 @@ def zero_shot(model: torch.nn.Module, latents: Tensor, named: Encoding, empty: E
     It is where the attention to the tokens at `places` of the encoding `named` (1 n d) of its word is, which often
     falls on a part of it only, and where that word changes what the model predicts from `empty`, the encoding of "", as
     in DiffEdit (arXiv 2210.11427, section 3.2). The geometric mean of the two, each the mean of all noise levels and
-    layers, is cut where Otsu's threshold parts its values.
+    layers, is cut where Otsu's threshold parts its values. Where they have no place in common, all of it counts.
     """
-    generator = torch.Generator().manual_seed(seed)
-    noises = torch.stack([torch.randn(latents.shape, generator=generator) for _ in NOISE], 1)
-    looked, changed = (torch.cat(maps) for maps in zip(*(
-        _maps(model, some, noise.to(some), named, empty, places)
-        for some, noise in zip(latents.split(AT_ONCE), noises.split(AT_ONCE), strict=True)), strict=True))
-    both = (_stretched(looked) * _stretched(changed)).sqrt()
-    return torch.stack([(one > otsu(one)).to(one) for one in both])
+    generator, groups, masks = torch.Generator().manual_seed(seed), latents.split(AT_ONCE), []
+    bar = ProgressBar(len(groups))
+    for some in groups:
+        noises = torch.stack([torch.randn(len(NOISE), *one.shape, generator=generator) for one in some]).to(some)
+        looked, changed = _maps(model, some, noises, named, empty, places)
+        both = (_stretched(looked) * _stretched(changed)).sqrt()
+        found = torch.stack([(one > otsu(one)).to(one) for one in both])
+        masks.append(torch.where(found.amax((1, 2, 3), keepdim=True) > 0, found, torch.ones_like(found)))
+        bar.update(1)
+    return torch.cat(masks)
 
 
 def otsu(values: Tensor) -> Tensor:

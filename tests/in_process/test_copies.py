@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import comfy.model_management
 import pytest
 import torch
-from concepts_pack.host.copies import fingerprint, private_copies
+from concepts_pack.host.copies import fingerprint, memory_is_short, private_copies
 from concepts_pack.host.cross_attention import KEY, edits_on
 from concepts_pack.host.objective import denoising_error
 from concepts_pack.host.text import encode
@@ -125,6 +125,18 @@ def test_recomputing_gives_the_same_loss_and_gradients(model, clip):
     again, same, few_kept = one_step(model, clip, recompute=True)
     assert plain == again and torch.equal(gradient, same) and gradient.any()
     assert few_kept < all_kept / 2
+
+
+@pytest.mark.parametrize("pictures, gigabytes", [(1, 8.6), (4, 21.5), (8, 38.7)])
+def test_memory_is_short_by_the_size_of_the_batch(model, monkeypatch, pictures, gigabytes):
+    """Asked of a card with a UNet as large as that of Stable Diffusion 1.5."""
+    weights, large = sum(weight.numel() for weight in model.model.parameters()), 859_520_964
+    card = model.clone()
+    card.load_device = torch.device("cuda")
+    for more, short in ((0.9, True), (1.1, False)):
+        monkeypatch.setattr(comfy.model_management, "get_total_memory",
+                            lambda device, more=more: more * gigabytes * 1e9 * weights / large)
+        assert memory_is_short(card, pictures) == short and not memory_is_short(model, pictures)
 
 
 def test_a_fingerprint_tells_loras_and_checkpoints_apart(model, velocity_model, clip):

@@ -28,6 +28,7 @@ from concepts_pack.host.cross_attention import cross_attentions
 from concepts_pack.host.pictures import sample_picture
 from concepts_pack.host.progress import Cancelled
 from concepts_pack.host.text import encode as encode_text
+from concepts_pack.host.weight_offsets import attention_matrices
 from concepts_pack.perfusion.apply import Applied, Call
 from concepts_pack.perfusion.concept import Edit
 from concepts_pack.textual_inversion.templates import fill
@@ -159,8 +160,9 @@ def test_offsets_are_not_rounded_where_the_rest_is(model, clip):
     with learner_of(model, clip) as learner, torch.autocast("cpu", torch.bfloat16):
         name, offset = next(iter(learner.offsets.items()))
         offset.left.data.fill_(1e-3)
-        found = learner.predictor._offset()[name]
-    weight = learner.predictor.matrices[name].weight
+        weight = attention_matrices(learner.predictor.model.diffusion_model)[name].weight
+        learner.predictor.offsetting = learner.offsets
+        found = learner.predictor._offset(name, weight)
     torch.testing.assert_close(found, weight * (1 + offset.left @ offset.right))
 
 
@@ -393,6 +395,17 @@ def test_pictures_beyond_the_views_are_not_read_and_spoken_of(tmp_path, caplog):
 def test_views_of_a_thing_are_its_pictures_first(tmp_path):
     samples = ranks.in_memory(read(folder_of(tmp_path, "b/1.png", "b/2.png", "b/3.png"), tmp_path))
     assert samples.pictures[0, :, 5, 5, 0].tolist() == pytest.approx([0, 10, 20], abs=1)
+
+
+def test_with_enough_pictures_every_second_one_is_mirrored(tmp_path):
+    folder = tmp_path / "things" / "b"
+    folder.mkdir(parents=True)
+    for number in range(4):
+        picture = Image.new("RGB", (64, 64))
+        picture.paste((255, 0, 0), (0, 0, 32, 64))
+        picture.save(folder / f"{number}.png")
+    samples = ranks.in_memory(read(folder.parent, tmp_path, views=4))
+    assert samples.pictures[0, :, 5, 5, 0].tolist() == [255, 0, 255, 0]
 
 
 def test_unreadable_pictures_are_left_out_and_counted(tmp_path):

@@ -25,7 +25,7 @@ from concepts_pack.host.copies import private_copies
 from concepts_pack.host.cross_attention import cross_attentions
 from concepts_pack.host.objective import denoising_error
 from concepts_pack.host.text import encode, rows
-from concepts_pack.host.weight_offsets import matrix_shapes
+from concepts_pack.host.weight_offsets import ALL_PARTS, matrix_shapes
 from concepts_pack.perfusion.file import to_bytes
 from concepts_pack.perfusion.train import EditMethod, EditRecipe
 from concepts_pack.textual_inversion.train import Keeping, Preview, learn_word
@@ -210,7 +210,7 @@ def test_the_whole_is_kept_as_a_share_of_what_was_learned(domain, photos, model,
         with torch.no_grad():
             found = method.loss(batch)
             batch = replace(batch, timesteps=later(batch.timesteps, 1000, Encoder.times))
-            method.changed.clear()
+            method.acting = False
             said = method.predictor.predict(method.seen, batch.latents, batch.noise, batch.timesteps)
             vectors = {name: v[0] for name, v in method.predictor.words(said).items()}
         concept = method.concept({})
@@ -345,6 +345,20 @@ def test_eight_bits_with_memory_saved(model, clip, vae, photos, domain, whole):
         stored = stored_as(FP8, model)
         lesson = learn_word(stored, clip, vae, photos, recipe, QUIET, recompute=True, method_of=method)
     assert torch.tensor(lesson.losses).isfinite().all()
+
+
+def test_saving_memory_keeps_no_changed_matrices(model, clip, photos, domain):
+    shapes, latents = set(matrix_shapes(model, ALL_PARTS).values()), torch.randn(2, 1, 4, 8, 8)
+    settings = whole_recipe(domain, "<mine>", 5, 5, sentences=("a {}",), own_masks=False)
+    kept = {}
+    for recompute in (False, True):
+        with private_copies(model, clip, recompute) as (unet, text):
+            method = TunedWhole(domain, photos, unet, text, settings, Lessons(latents, None, ("", "")))
+            saved = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.shape), lambda t: t):
+                method.loss(draw(latents, 1000, 1, 0, 0))
+        kept[recompute] = sum(tuple(shape) in shapes for shape in saved)
+    assert kept[False] - kept[True] >= len(method.added)
 
 
 def test_samples_behind_a_compiled_model_show_what_is_learned(model, clip, vae, photos, domain):

@@ -119,6 +119,7 @@ def test_pretrained_saved_loaded_and_tuned_on_the_nodes(model, clip, calm_vae, c
     loaded, word = run("ConceptsLoadDomain", name="cat.safetensors").result
     assert word == "cat" and loaded.vision == learned.vision == Vision(clip_vision).fingerprint
     assert domain_file.to_bytes(loaded) == domain_file.to_bytes(learned)
+    assert all(map(torch.equal, loaded.encoder.state_dict().values(), learned.encoder.state_dict().values()))
     for result in ("concept", "tuned model"):
         concept = tuned(model, clip, vae, photos, loaded, 1, clip_vision=clip_vision, result=result)
         assert concept.words[0].vectors["clip_l"].isfinite().all()

@@ -12,7 +12,6 @@ from concepts_pack.perfusion.edit import (
     dual_of,
     gate,
     gate_of_kin,
-    rank_one,
     similarity,
     withheld,
 )
@@ -24,6 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 WIDTH, LAYER, CLOSE = 24, 10, 1e-9
 seeds = st.integers(0, 2**32 - 1)
 counts = st.integers(1, 4)
+
+
+def rank_one(weight, target_input, output, dual):
+    """The ungated edit as a change Δ of the weight (d_l d), as in ROME: (o* - W i) (C⁻¹ i)ᵀ / <i, i>."""
+    residual = output - weight @ target_input
+    return torch.outer(residual, dual.to(weight)) / (target_input @ dual.to(target_input))
 
 
 def law(*strategies):

@@ -18,13 +18,14 @@ from concepts_pack.host.text import widths
 from concepts_pack.microworld.host import CHECKPOINT
 from concepts_pack.nodes.export_lora import ConceptsExportLora
 from concepts_pack.perfusion.concept import Edit
-from concepts_pack.perfusion.edit import dual_of, rank_one
+from concepts_pack.perfusion.edit import dual_of
 from concepts_pack.perfusion.linear import linear_dual
 from concepts_pack.perfusion.lora import to_bytes, to_lora
 from concepts_pack.textual_inversion import file as word_file
 from concepts_pack.textual_inversion.concept import Concept, Word
 
 from .conftest import DEVICE, HEADS, UNET, WIDTH, fill, make_model, make_other_clip
+from .test_edit import rank_one
 
 ENCODERS = {"SD15": {"clip_l": WIDTH}, "SD20": {"clip_h": WIDTH}, "SDXL": {"clip_l": WIDTH, "clip_g": 48},
             "microworld": {"clip_l": 256}}

@@ -12,6 +12,7 @@ import folder_paths
 import pytest
 import torch
 from comfy_api.latest import io
+from concepts_pack.host.folders import input_subfolders
 from concepts_pack.textual_inversion.concept import Concept, Word
 from PIL import Image
 from safetensors.torch import save_file
@@ -110,11 +111,12 @@ def test_train_save_load_apply(training, clip, model, folders):
     assert torch.equal(torch.stack(vectors), concept.words[0].vectors["clip_l"])
 
 
-@pytest.mark.parametrize(("kind", "same"), [("object", False), ("style", True)])
-def test_things_are_looked_for_in_photos_without_masks_and_styles_are_not(training, kind, same):
-    found = [run("ConceptsTrainTextualInversion", **training | {"own_masks": [looks], "sentences": [kind]}).result[0]
-             for looks in (True, False)]
-    assert torch.equal(*(concept.words[0].vectors["clip_l"] for concept in found)) == same
+@pytest.mark.parametrize(("kind", "least"), [("object", 1e-3), ("style", 0)])
+def test_things_are_looked_for_in_photos_without_masks_and_styles_are_not(training, calm_vae, kind, least):
+    given = training | {"vae": [calm_vae], "sentences": [kind]}
+    one, other = (run("ConceptsTrainTextualInversion", **given | {"own_masks": [looks]}).result[0]
+                  .words[0].vectors["clip_l"] for looks in (True, False))
+    assert (one - other).abs().max() > least if least else torch.equal(one, other)
 
 
 def test_a_file_written_anew_is_read_anew(training, folders):
@@ -133,7 +135,7 @@ def test_only_the_node_that_was_cancelled_runs_again(training):
     first, second = (node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: place}}) for place in "12")
     before = first.fingerprint_inputs(**training), second.fingerprint_inputs(**training)
     comfy.utils.set_progress_bar_global_hook(
-        lambda value, *_, **__: comfy.model_management.interrupt_current_processing(value == 1))
+        lambda value, total, *_, **__: comfy.model_management.interrupt_current_processing((value, total) == (1, 5)))
     inputs = training | {"preset": own(steps=5)}
     try:
         second.execute(**inputs)
@@ -180,6 +182,7 @@ def test_a_folder_is_loaded_for_training(training, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
     (tmp_path / "input").mkdir()
     (tmp_path / "input" / "linked").symlink_to(tmp_path / "cats")
+    assert input_subfolders() == ["linked"]
     assert load.execute(folder="linked").result[2] == ["another {}", "a {} on grass"]
     for name in ("dogs", "../cats/..", "/"):
         with pytest.raises(ValueError, match="There is no folder"):
@@ -214,7 +217,7 @@ def test_only_a_cancelled_training_is_trained_again(training):
     node.execute(**training)
     assert node.fingerprint_inputs(**widgets) == before
     comfy.utils.set_progress_bar_global_hook(
-        lambda *_, **__: comfy.model_management.interrupt_current_processing(True))
+        lambda value, total, *_, **__: comfy.model_management.interrupt_current_processing(total == 40))
     try:
         stopped = node.execute(**(training | {"preset": own(steps=40)}))
     finally:
