@@ -138,7 +138,7 @@ def covariances_folder() -> Path:
 
 
 def input_subfolders() -> list[str]:
-    """The folders in the input folder, as the host lists them, and links to some; empty ones (its own input/3d) last."""
+    """The folders in the input folder, as the host lists them, and links; empty ones (its own input/3d) last."""
     root = Path(folder_paths.get_input_directory())
     names = {*folder_paths.get_input_subfolders(), *(path.name for path in root.glob("*") if path.is_dir())}
     return sorted(names, key=lambda name: (not any((root / name).iterdir()), name))

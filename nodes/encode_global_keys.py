@@ -17,8 +17,8 @@ class ConceptsEncodeGlobalKeys(io.ComfyNode):
             category="concepts/apply",
             description=(
                 "Like CLIP Text Encode, but where in the picture each word acts is decided as if the class word stood "
-                "in the concept's place. The prompt gains (scenes, poses, attributes), likeness loses, with two concepts "
-                "in one prompt much of it."
+                "in the concept's place. The prompt gains (scenes, poses, attributes), likeness loses, with two "
+                "concepts in one prompt much of it."
             ),
             search_aliases=["global key locking", "perfusion", "clip text encode", "prompt adherence"],
             inputs=[

@@ -43,9 +43,9 @@ class ConceptsTrainPerfusion(io.ComfyNode):
             description=(
                 "Learns a concept from a few photos of one thing: a new word, and what the model should draw for it. "
                 "It keeps to the class word in where it looks, so prompts stay in charge, and it is a file of about "
-                "30 KB for SD1.5, 180 KB for SDXL. Several fit in one picture, and the bias of Apply Concept moves each "
-                "between looking most like the photos and doing exactly what the prompt says, without training "
-                "again."
+                "30 KB for SD1.5, 180 KB for SDXL. Several fit in one picture, and the bias of Apply Concept moves "
+                "each between looking most like the photos and doing exactly what the prompt says, without "
+                "training again."
             ),
             search_aliases=["perfusion", "key-locked", "rank-1", "rank one editing", "dreambooth", "personalization",
                             "train concept", "concept"],
