@@ -19,7 +19,8 @@ PACK = "concepts_pack"
 def use_host() -> None:
     """Make `comfy`, `nodes`, … importable, on the CPU where there is no card. Raises KeyError without COMFYUI_PATH.
 
-    Each process of a job gets the card of its number on its machine, before the host looks for one.
+    Each process of a job gets the card of its number on its machine, before the host looks for one, and its share of
+    the processors, whose threads otherwise wait for each other most of the time.
     """
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     import comfy.cli_args
@@ -28,7 +29,7 @@ def use_host() -> None:
     comfy.cli_args.args.cpu = not torch.cuda.is_available() and importlib.util.find_spec("torch_npu") is None
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    torch.set_num_threads(min(os.cpu_count() or 1, 4))
+    torch.set_num_threads(max(1, min((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 4)))
 
 
 def load_pack():
