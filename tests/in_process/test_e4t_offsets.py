@@ -4,6 +4,7 @@ import comfy.lora
 import comfy.sample
 import pytest
 import torch
+from concepts_pack.e4t.difference import LowRank, changed_weight
 from concepts_pack.e4t.offsets import RANK, Offset, new_offsets, offset_weight, penalty
 from concepts_pack.host.copies import private_copies, unload
 from concepts_pack.host.cross_attention import overridden
@@ -36,6 +37,14 @@ def test_fresh_offsets_change_nothing(model):
         assert torch.equal(offset_weight(matrix.weight, offsets[layer]), matrix.weight)
     assert penalty(offsets) == 0
     assert all(bool(offset.right.any()) for offset in offsets.values())  # else no gradient would reach either factor
+
+
+def test_they_take_the_weights_to_their_device():
+    """With --novram weights stay on the processor while a training computes elsewhere."""
+    up, down = torch.zeros(4, 1, device="meta"), torch.zeros(1, 3, device="meta")
+    for changed in (offset_weight(torch.ones(4, 3), Offset(up, down)),
+                    changed_weight(torch.ones(4, 3), None, LowRank(up, down))):
+        assert changed.device.type == "meta"
 
 
 def test_every_attention_matrix_has_one(model):
