@@ -96,8 +96,11 @@ def offset_layers(
     """
 
     def through(name: str, layer: torch.nn.Module, forward: Callable, x: Tensor) -> Tensor:
-        weight = changed(name, layer.weight)
-        if weight is layer.weight:
+        own = layer.weight
+        for patch in layer.weight_function:  # LoRAs, which the host adds in each call with --novram
+            own = patch(own.to(x.device, copy=True))
+        weight = changed(name, own)
+        if weight is own:
             return forward(x)
         return linear(x, weight.to(x), None if layer.bias is None else layer.bias.to(x))
 

@@ -47,6 +47,16 @@ def test_they_take_the_weights_to_their_device():
         assert changed.device.type == "meta"
 
 
+def test_they_act_on_patches_that_the_host_adds_in_each_call(model, clip):
+    with private_copies(model, clip) as (unet, _):
+        layer = attention_matrices(unet.model.diffusion_model)["middle_block.1.transformer_blocks.0.attn1.to_q"]
+        before, x = layer.weight.clone(), torch.randn(2, 5, layer.in_features)
+        layer.weight_function = [lambda weight: weight.add_(1)]
+        with overridden(offset_layers(unet.model.diffusion_model, lambda name, weight: 2 * weight)):
+            torch.testing.assert_close(layer(x), 2 * x @ (before + 1).T)
+        assert torch.equal(layer.weight, before)
+
+
 def test_every_attention_matrix_has_one(model):
     shapes = matrix_shapes(model)
     blocks = {name.rsplit(".", 2)[0] for name in shapes}

@@ -447,8 +447,8 @@ def processes(folder, count, die_at=0):
         port = free.getsockname()[1]
     started = [subprocess.Popen(
         [sys.executable, ranks.__file__, folder, str(die_at)], stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1",
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        env={**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "RANK": str(rank),
+             "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
     ) for rank in range(count)]
     return [(process.communicate(timeout=300)[1], process.returncode) for process in started]
 
