@@ -31,6 +31,17 @@ class Difference(Unchanging):
         object.__setattr__(self, "added", MappingProxyType(dict(self.added)))
 
 
+def is_same(one: Difference, other: Difference) -> bool:
+    """Whether two differences are one, read twice."""
+
+    def factors(difference: Difference) -> dict[tuple[str, str], Tensor]:
+        return {(layer, name): factor for part in (difference.offsets, difference.added)
+                for layer, pair in part.items() for name, factor in vars(pair).items()}
+
+    mine, others = factors(one), factors(other)
+    return mine.keys() == others.keys() and all(torch.equal(mine[key], others[key]) for key in mine)
+
+
 def nothing_added(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, LowRank]:
     """Factors by layer for matrices (out in) that add nothing yet: `up` is zero, `down` random as in LoRA."""
     generator = torch.Generator().manual_seed(seed)

@@ -221,8 +221,9 @@ def shape_of(unet: ModelPatcher, clip: CLIP, recipe: Recipe, heard: tuple[int, .
 def check_shares(batch_size: int, processes: int, accumulation: int) -> None:
     """Raises ValueError unless a batch has as many pictures for each part that each process computes."""
     if accumulation < 1 or batch_size % (processes * accumulation):
-        raise ValueError(f"A batch of {batch_size} cannot be shared evenly by {processes} processes in {accumulation} "
-                         "parts each.")
+        among = f"{processes} processes in {accumulation} parts each" if processes > 1 else f"{accumulation} parts"
+        raise ValueError(f"A batch of {batch_size} pictures cannot be cut evenly into {among}; choose a batch size and "
+                         "an accumulation that divides it.")
 
 
 def pretrain(
@@ -401,7 +402,7 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
     workers.wait()
     samples, metric = found or read()
     if workers.first:
-        log.info("%d subjects in %d views; %d pictures could not be read.", *samples.latents.shape[:2],
+        log.info("%d subjects in %d views; %d pictures could not be used.", *samples.latents.shape[:2],
                  samples.unreadable)
 
     def keep(so_far: Domain) -> None:

@@ -25,7 +25,7 @@ log = logging.getLogger("concepts")
 class Samples:
     """n subjects in v views: `pictures` as the encoder sees them, which is (n v h w 3) uint8 or CLIP vision's CLS
     tokens (n v l d) fp16, `latents` (n v c h w) fp16 as the UNet does, and the `weights` (n v 1 h w) fp16 of each place
-    in the loss; how many pictures could not be read, the fingerprint of the CLIP vision, if there is one, and the
+    in the loss; how many pictures could not be used, the fingerprint of the CLIP vision, if there is one, and the
     digest of the folder they were read from and of how."""
 
     pictures: Tensor | Sharded
@@ -127,7 +127,7 @@ def read_samples(folder: Path, views: int, side: int, shown_side: int, mirror: b
     fields, unreadable = shard(cache / f"samples-{folder.resolve().name}-{source}", len(subjects), encoded)
     if not fields:
         raise ValueError(f"There are no pictures of subjects in {folder}"
-                         f"{f': {unreadable} could not be read' if unreadable else ''}.")
+                         f"{f': {unreadable} could not be used, and the log says why' if unreadable else ''}.")
     return Samples(**fields, unreadable=unreadable, vision=seen_by, source=source)
 
 

@@ -4,7 +4,7 @@ from ..host.sockets import CLIP, ModelPatcher
 from ..host.weight_offsets import ALL_PARTS, matrix_shapes, with_added, with_offsets
 from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
-from .difference import Difference
+from .difference import Difference, is_same
 from .domain import Domain
 
 TUNED = "concepts_tuned"
@@ -18,14 +18,17 @@ def apply_tuned(model: ModelPatcher, clip: CLIP, concept: Concept, strength: flo
     if strength == 0:
         return model, clip
     placeholder, tuned = concept.words[0].placeholder, model.get_attachment(TUNED) or ()
-    if placeholder in tuned:
-        raise ValueError(f"{placeholder} is already on this model; apply each concept once, and raise its strength for "
-                         "more of it.")
+    for other, difference in tuned:
+        same = other.lower() == placeholder.lower()
+        if same or is_same(difference, concept.edit):
+            known = "" if same else f" as {other}"
+            raise ValueError(f"{placeholder} is already on this model{known}; apply each concept once, and raise its "
+                             "strength for more of it.")
     _check_fits(placeholder, concept.metadata.get("modelspec.base_model", "another base"), model,
                 {**{layer: (len(o.left), o.right.shape[1]) for layer, o in concept.edit.offsets.items()},
                  **{layer: (len(f.up), f.down.shape[1]) for layer, f in concept.edit.added.items()}})
     patched = with_difference(model, concept.edit, strength)
-    patched.set_attachments(TUNED, (*tuned, placeholder))
+    patched.set_attachments(TUNED, (*tuned, (placeholder, concept.edit)))
     return patched, apply_words(clip, concept, strength)
 
 

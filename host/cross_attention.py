@@ -133,7 +133,8 @@ def _around_calls(overrides: Overrides) -> Callable:
         sampling = executor.class_obj.model_sampling
         every = [edit if _acts(edit, sampling, t) else replace(edit, acting=False)
                  for edit in transformer_options.get(KEY, ())]
-        edits = list({edit.placeholder: edit for edit in sorted(reversed(every), key=attrgetter("acting"))}.values())
+        edits = list({edit.placeholder.lower(): edit for edit in sorted(reversed(every), key=attrgetter("acting"))}
+                     .values())
         layers, held = overrides(cross_attentions(executor.class_obj.diffusion_model), edits)
         # Without what grows with every call, for which compiled models would be compiled again.
         passed = {name: option for name, option in transformer_options.items() if name != MET} | {RUNNING: True}
@@ -167,13 +168,14 @@ def _watch(executor, *args, **kwargs):
     for edits, held in met:
         for edit, amount in zip(edits, held.tolist(), strict=True):
             if edit.acting:
-                most[edit.placeholder] = max(amount, most.get(edit.placeholder, amount))
+                name = edit.placeholder.lower()
+                most[name] = max(amount, most.get(name, amount))
     for edit in options.get(KEY, ()) if met else ():
-        if edit.placeholder not in most:
+        if (name := edit.placeholder.lower()) not in most:
             log.warning("No step of this sampling lies between the start (%.2f) and end (%.2f) of %s, so only its word "
                         "acted, without its edit; set them wider.", edit.start, edit.end, edit.placeholder)
-        elif most[edit.placeholder] < edit.presence:
+        elif most[name] < edit.presence:
             log.warning("No prompt of this picture has enough of %s in it (at most %.2f, and it takes %.2f), so the "
-                        "concept did nothing; write it, or raise its weight.", edit.placeholder,
-                        most[edit.placeholder], edit.presence)
+                        "concept did nothing; write it, or raise its weight.", edit.placeholder, most[name],
+                        edit.presence)
     return result

@@ -39,6 +39,14 @@ def pictures_folder(name: str) -> Path:
     return folder
 
 
+def file_of(name: str, word: str) -> str:
+    """What the file of a domain is called. Raises ValueError without a class word, or for what no file can be
+    called."""
+    if not word:
+        raise ValueError("The class word is empty; write the ordinary word for the things in the pictures.")
+    return domain.file_name(name, word)
+
+
 class ConceptsPretrainE4T(io.ComfyNode):
     """Learns an encoder for a class of things from many pictures."""
 
@@ -119,12 +127,18 @@ class ConceptsPretrainE4T(io.ComfyNode):
         return folder_fingerprint(input_subfolder(folder), ALL, ENDINGS) if folder and folder not in SAMPLES else ""
 
     @classmethod
+    def validate_inputs(cls, name: str | None = None, class_word: str | None = None) -> bool | str:
+        """Why no domain can be called so, told before anything else runs; what is linked (None) is not known."""
+        try:
+            return name is None or class_word is None or bool(file_of(name, class_word.strip()))
+        except ValueError as error:
+            return str(error)
+
+    @classmethod
     def execute(cls, model, clip, vae, folder, class_word, name, steps, batch_size, seed, rate, regulariser, resolution,
                 mirror, accumulation=1, preview_cfg=Look.cfg, clip_vision=None) -> io.NodeOutput:
         word = class_word.strip()
-        if not word:
-            raise ValueError("The class word is empty; write the ordinary word for the things in the pictures.")
-        file = free_name(DOMAINS, domain.file_name(name, word), domain.ENDING)
+        file = free_name(DOMAINS, file_of(name, word), domain.ENDING)
         if clip is None or is_empty(vae):
             raise ValueError("Pretraining needs the checkpoint's text encoder (CLIP) and its VAE; one of them is "
                              "missing in this file.")
@@ -160,5 +174,5 @@ class ConceptsPretrainE4T(io.ComfyNode):
         path = domain.save(learned, domains_folder(), file, overwrite=True)
         said = f"Saved: choose {file}{domain.ENDING} in Load E4T Domain."
         if samples.unreadable:
-            said += f" Pictures that could not be read and were left out: {samples.unreadable}; the log names them."
+            said += f" Pictures that could not be used and were left out: {samples.unreadable}; the log says why."
         return io.NodeOutput(domain.load(path), drawn[0][None], ui=shown(said))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from ..textual_inversion.concept import Unchanging
@@ -38,3 +39,9 @@ class Edit(Unchanging):
         """C⁻¹ i* (d) in double precision, the concept's own or under the precision C⁻¹ (d d) of its text encoder, which
         only a concept without its own needs."""
         return dual_of(self.target_input[None], precision)[0] if self.dual is None else self.dual.double()
+
+
+def is_same(one: Edit, other: Edit) -> bool:
+    """Whether two edits are one, read twice."""
+    return torch.equal(one.target_input, other.target_input) and one.values.keys() == other.values.keys() and all(
+        torch.equal(value, other.values[layer]) for layer, value in one.values.items())

@@ -63,8 +63,8 @@ def _unpacked(body: str, size: int) -> bytes:
         raise ValueError("The concept's text has been changed: what follows its first line cannot be unpacked; copy it "
                          "anew.") from error
     if len(data) < size or whole < len(body) or not unpacker.eof and len(data) == size:
-        raise ValueError(f"The concept's text is cut short: it holds {len(data)} of {size} bytes or lacks its end; "
-                         "copy it anew.")
+        raise ValueError(f"The concept's text is cut short: it holds {len(data)} of {size} bytes, and its end is "
+                         "missing; copy it anew.")
     if len(data) > size or unpacker.unused_data:
         raise ValueError(f"The concept's text has been changed: it holds more than its {size} bytes; copy it anew.")
     return data

@@ -9,6 +9,7 @@ from ..host.text import widths
 from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
 from .apply import Applied, applied, overrides
+from .concept import is_same
 from .covariance import encoder_fingerprint, precision_for
 from .file import check_encoder, check_fits
 
@@ -29,9 +30,12 @@ def apply_concept(
     if concept.edit is None:
         return model, apply_words(clip, concept, strength)
     taught, edit = _ready(model, clip, concept, strength, settings)
-    if any(other.edit is concept.edit or other.placeholder == edit.placeholder for other in edits_on(model)):
-        raise ValueError(f"{edit.placeholder} is already on this model; apply each concept once, and raise its "
-                         "strength or lower its bias for more of it.")
+    for other in edits_on(model):
+        same = other.placeholder.lower() == edit.placeholder.lower()
+        if same or is_same(other.edit, edit.edit):
+            known = "" if same else f" as {other.placeholder}"
+            raise ValueError(f"{edit.placeholder} is already on this model{known}; apply each concept once, and raise "
+                             "its strength or lower its bias for more of it.")
     return with_edits(model, [edit], overrides), taught
 
 

@@ -215,7 +215,7 @@ def test_pretraining_in_two_processes_as_the_readme_says(env, host, tmp_path):
                      "--checkpoint", CHECKPOINT, "--word", "car", "--steps", "4", "--batch-size", "4",
                      "--accumulation", "2", "--resolution", "64", "--recognition", "5", "--output", tmp_path / "made",
                      "--work", tmp_path / "work")
-    assert code == 0 and said.count("12 subjects in 4 views; 0 pictures could not be read.") == 1
+    assert code == 0 and said.count("12 subjects in 4 views; 0 pictures could not be used.") == 1
     assert re.search(r"step 4, unseen subjects: error \d\.\d+ by word and offsets", said)
     assert (tmp_path / "made" / "car.safetensors").stat().st_size > 1e6
     (drawn,) = re.findall(r"what is drawn of them: (.+\.png)", said)

@@ -46,7 +46,8 @@ def gather(images: Sequence[Tensor], masks: Sequence[Tensor] = (), captions: Seq
         raise ValueError("There are no images to learn from; connect at least one photo.")
     for what, given in (("masks", single_masks), ("captions", captions)):
         if given and len(given) != len(pictures):
-            raise ValueError(f"There are {len(given)} {what} for {len(pictures)} images; give one for each, or none.")
+            raise ValueError(f"The number of {what} ({len(given)}) is not that of the images ({len(pictures)}); give "
+                             "one for each, or none.")
     single_masks, captions = single_masks or [None] * len(pictures), captions or [""] * len(pictures)
     return [_photo(number, *parts)
             for number, parts in enumerate(zip(pictures, single_masks, captions, strict=True), 1)]

@@ -118,10 +118,10 @@ def test_pretraining_shows_what_it_drew_and_counts_what_it_left_out(model, clip,
                preview_cfg=3.0)
     domain, drawn = made.result
     assert domain.word == "cat" and drawn.shape == (1, 128, 128, 3)
-    assert "Pictures that could not be read and were left out: 1" in str(made.ui.as_dict())
+    assert "Pictures that could not be used and were left out: 1" in str(made.ui.as_dict())
 
 
 def test_a_batch_that_cannot_be_shared_is_told_before_the_pictures_are_read(model, clip, vae):
-    with pytest.raises(ValueError, match="A batch of 16 cannot be shared evenly by 1 processes in 3 parts each"):
+    with pytest.raises(ValueError, match="A batch of 16 pictures cannot be cut evenly into 3 parts; choose"):
         run("ConceptsPretrainE4T", model=model, clip=clip, vae=vae, folder="no such folder", class_word="cat", name="",
             steps=2, batch_size=16, seed=0, rate=1e-3, regulariser=1e-3, resolution=64, mirror=False, accumulation=3)

@@ -244,7 +244,7 @@ def test_a_batch_in_parts_learns_the_same(model, clip, tmp_path):
                     for count in (1, 2))
     assert_same_learned(whole, parts)
     for parts in (0, 3):
-        with pytest.raises(ValueError, match=f"A batch of 4 cannot be shared evenly by 1 processes in {parts} parts"):
+        with pytest.raises(ValueError, match=f"A batch of 4 pictures cannot be cut evenly into {parts} parts"):
             pretrain(model, clip, SAMPLES, RECIPE, Keeping(tmp_path), METRIC, accumulation=parts)
 
 
@@ -434,7 +434,7 @@ def test_folders_without_pictures_are_one_sentence(tmp_path, broken):
     (tmp_path / "pictures").mkdir()
     if broken:
         (tmp_path / "pictures" / "c.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="no pictures.*1 could not be read" if broken else "no pictures"):
+    with pytest.raises(ValueError, match="no pictures.*1 could not be used, and the" if broken else "no pictures"):
         read(tmp_path / "pictures", tmp_path)
     with pytest.raises(ValueError, match="There is no folder"):
         read(tmp_path / "gone", tmp_path)

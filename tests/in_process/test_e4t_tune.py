@@ -266,6 +266,10 @@ def test_a_concept_on_the_model_is_refused_again(domain, photos, model, clip, va
     with pytest.raises(ValueError, match="<mine> is already on this model; apply each concept once") as error:
         apply_tuned(tuned.clone(), taught, replace(concept), 0.5)
     assert "\n" not in str(error.value)
+    for placeholder, said in (("<MINE>", ";"), ("<other>", " as <mine>;")):
+        renamed = replace(concept, words=(replace(concept.words[0], placeholder=placeholder),))
+        with pytest.raises(ValueError, match=f"^{placeholder} is already on this model{said} apply each concept once"):
+            apply_tuned(tuned, taught, renamed, 0.5)
     apply_tuned(model, clip, concept, 0.5)
 
 

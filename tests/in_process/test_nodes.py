@@ -248,10 +248,10 @@ def test_only_a_cancelled_training_is_trained_again(training):
     ("images", torch.zeros(0, 64, 64, 3), "no images"),
     ("images", torch.zeros(1, 1, 1, 3), "1×1 pixels"),
     ("images", torch.full((1, 64, 64, 3), float("nan")), "Image 1 holds values that are not numbers"),
-    ("masks", torch.ones(2, 64, 64), "2 masks for 3 images; give one for each, or none"),
+    ("masks", torch.ones(2, 64, 64), r"number of masks \(2\) is not that of the images \(3\); give one for each"),
     ("masks", torch.eye(64)[:32].expand(3, -1, -1), "Mask 1 is 64×32 pixels, image 1 64×64; they must be of one size"),
     ("masks", torch.full((3, 64, 64), float("nan")), "Mask 1 holds values that are not numbers"),
-    ("captions", "a cat", "1 captions for 3 images"),
+    ("captions", "a cat", r"number of captions \(1\) is not that of the images \(3\)"),
 ])
 def test_what_cannot_be_trained_is_said_in_one_sentence(training, widget, value, complaint):
     inputs = training | ({"preset": own(learning_rate=value)} if widget == "learning_rate" else {widget: [value]})

@@ -303,7 +303,7 @@ def test_deep_copies_sample_the_same(model, hook, edit, precision, prompts):
 def test_the_same_concept_twice_acts_once(model, hook, edit, precision, prompts):
     from comfy_extras.nodes_hooks import CombineHooks
 
-    one, other = hook(edit, bias=0.6), hook(replace(edit), bias=0.9)
+    one, other = hook(edit, bias=0.6), hook(replace(edit), "<MINE>", bias=0.9)
     expected = alone(model, prompts[0], one)
     assert torch.equal(alone(model, prompts[0], CombineHooks().combine_hooks(one, other)[0]), expected)
     assert torch.equal(alone(patched(model, edit, precision, bias=0.9), prompts[0], one), expected)
@@ -634,6 +634,16 @@ def test_a_range_outside_the_sampling_is_said(model, edit, precision, prompts, s
 def test_a_concept_that_a_hook_took_over_is_not_missed(model, hook, edit, precision, prompts, said):
     sample(patched(model, edit, precision), cond(prompts[0], hooks=hook(edit)), cond(prompts[1]))
     assert said() == []
+
+
+@pytest.mark.parametrize("placeholder, said", [("<mine>", ";"), ("<MINE>", ";"), ("<other>", " as <mine>;")])
+def test_a_concept_read_twice_goes_on_a_model_once(model, clip, hook, edit, placeholder, said):
+    vectors = {"clip_l": torch.ones(1, WIDTH)}
+    one, again = (Concept((Word(name, "cat", vectors),), found, BASE)
+                  for name, found in (("<mine>", edit), (placeholder, replace(edit, target_input=+edit.target_input))))
+    patched_model, taught = apply_concept(model, clip, one, 1.0)
+    with pytest.raises(ValueError, match=f"^{placeholder} is already on this model{said} apply each concept once"):
+        apply_concept(patched_model, taught, again, 1.0)
 
 
 @pytest.mark.parametrize("times", [{"start": 0.8, "end": 0.2}, {"end": 0.0}, {"start": 1.0}])
