@@ -176,6 +176,9 @@ def locked(path: Path):
 
 def make_host(folder: Path, version: str) -> None:
     """Fill `folder` with ComfyUI/ and the venv/ that runs it, on top of the torch environment all hosts share."""
+    if sys.version_info < (3, 11):
+        raise DevError(f"Setting up a ComfyUI takes Python 3.11 or newer; this is {platform.python_version()}. Run "
+                       "this with a newer one, or set COMFYUI_PATH to a ComfyUI that is there.")
     say(f"Setting up ComfyUI {version} in {folder.parent} (once; minutes, and gigabytes for torch) …")
     python = make_venv(folder / "venv")
     download_host(folder, version, python)

@@ -141,7 +141,15 @@ def input_subfolders() -> list[str]:
     """The folders in the input folder, as the host lists them, and links; empty ones (its own input/3d) last."""
     root = Path(folder_paths.get_input_directory())
     names = {*folder_paths.get_input_subfolders(), *(path.name for path in root.glob("*") if path.is_dir())}
-    return sorted(names, key=lambda name: (not any((root / name).iterdir()), name))
+    return sorted(names, key=lambda name: (_is_empty(root / name), name))
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing is seen in a folder, as in one that this user may not read (lost+found)."""
+    try:
+        return not any(folder.iterdir())
+    except OSError:
+        return True
 
 
 def input_subfolder(name: str) -> Path:

@@ -100,11 +100,12 @@ class ConceptsPretrainE4T(io.ComfyNode):
                     "Diffusion 1.x and 2.x, 768 for 2.x with v-prediction, 1024 for SDXL."
                 )),
                 io.Boolean.Input("mirror", default=False, advanced=True, tooltip="Also learn from mirrored pictures."),
-                io.Int.Input("accumulation", default=1, min=1, max=256, advanced=True, tooltip=(
+                io.Int.Input("accumulation", default=1, min=1, max=256, advanced=True, optional=True, tooltip=(
                     "In how many parts a batch is computed, which must divide it: more take less memory and more time, "
                     "and learn the same."
                 )),
-                io.Float.Input("preview_cfg", default=Look.cfg, min=1.0, max=30.0, step=0.1, advanced=True, tooltip=(
+                io.Float.Input("preview_cfg", default=Look.cfg, min=1.0, max=30.0, step=0.1, advanced=True,
+                               optional=True, tooltip=(
                     "Guidance of the pictures that are drawn on the way; 3 suits the sample model."
                 )),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip=(

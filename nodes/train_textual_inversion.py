@@ -58,7 +58,7 @@ class ConceptsTrainTextualInversion(io.ComfyNode):
                     "them grow: closer to the photos. Higher: obeys the prompt more."
                 )),
                 *how_to_run(),
-                own_masks(),
+                own_masks(optional=True),
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],

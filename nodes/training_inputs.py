@@ -72,9 +72,9 @@ def how_long(presets: Iterable[str], own: list[io.Input]) -> io.Input:
     ))
 
 
-def own_masks() -> io.Input:
+def own_masks(optional: bool = False) -> io.Input:
     """Whether the thing is looked for in photos without a mask."""
-    return io.Boolean.Input("own_masks", default=True, advanced=True, tooltip=(
+    return io.Boolean.Input("own_masks", default=True, advanced=True, optional=optional, tooltip=(
         "In photos without a mask, find the thing by where the init text makes the model look and changes what it "
         "draws, so that backgrounds are not learned. A style has none."
     ))
@@ -251,7 +251,7 @@ def common_recipe(one: dict, pace: dict) -> dict[str, Any]:
         "seed": one["seed"],
         "sentences": sentences(one["sentences"], one["own_sentences"]),
         **{name: one[name] for name in ("snr_cap", "mask_floor", "resolution", "mirror", "crops")},
-        "own_masks": one["own_masks"] and one["sentences"] != "style",
+        "own_masks": one.get("own_masks", True) and one["sentences"] != "style",
         **pace,
     }
 

@@ -119,6 +119,13 @@ def test_old_python(env):
     assert result.returncode == 1 and result.stdout.startswith("Python 3.10 or newer is needed")
 
 
+def test_a_python_too_old_to_set_up_a_host(env):
+    old = "import runpy, sys; sys.version_info = (3, 10, 0); runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    command = [sys.executable, "-c", old, ROOT / "dev.py", "demo"]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 1 and "Setting up a ComfyUI takes Python 3.11 or newer" in result.stdout
+
+
 def test_old_pythons_can_read_the_message():
     ast.parse((ROOT / "dev.py").read_text(encoding="utf-8"), feature_version=(3, 7))
 

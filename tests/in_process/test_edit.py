@@ -72,7 +72,7 @@ def t(array):
 
 
 def orthonormal(vectors, metric):
-    """Rows of the same span that are orthonormal under `metric`: algorithms.md A3, by Cholesky and QR."""
+    """Rows of the same span that are orthonormal under `metric`, by Cholesky and QR."""
     lower = np.linalg.cholesky(metric)
     turned, _ = np.linalg.qr((vectors @ lower).T)
     return np.linalg.solve(lower.T, turned).T
@@ -129,7 +129,7 @@ def test_the_scale_of_the_covariance_cancels(seed, scale):
 
 
 def test_the_gate_is_a_sigmoid_of_the_distance_to_the_bias():
-    """The values of algorithms.md, A2."""
+    """σ((s - β) / τ), reckoned by hand."""
     s = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
     for bias, temperature, expected in (
         (0.75, 0.1, (0.0006, 0.076, 0.924)), (0.6, 0.15, (0.018, 0.339, 0.935)), (0.4, 0.15, (0.065, 0.661, 0.982)),

@@ -119,6 +119,18 @@ def test_things_are_looked_for_in_photos_without_masks_and_styles_are_not(traini
     assert (one - other).abs().max() > least if least else torch.equal(one, other)
 
 
+@pytest.mark.parametrize("node, later", [
+    ("ConceptsTrainTextualInversion", {"own_masks"}), ("ConceptsPretrainE4T", {"accumulation", "preview_cfg"}),
+])
+def test_prompts_without_widgets_that_came_later_are_valid(node, later):
+    assert later <= NODES[node].INPUT_TYPES()["optional"].keys()
+
+
+def test_an_older_prompt_trains(training):
+    older = {name: value for name, value in training.items() if name != "own_masks"}
+    assert len(run("ConceptsTrainTextualInversion", **older).result[1]["loss"]) == 2
+
+
 def test_a_file_written_anew_is_read_anew(training, folders):
     load = NODES["ConceptsLoad"]
     concept = run("ConceptsTrainTextualInversion", **training).result[0]

@@ -65,4 +65,4 @@ def test_importing_costs_little():
         spec.loader.exec_module(module)
         asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
         costs.append(time.process_time() - start)
-    assert min(costs) < 0.3
+    assert min(costs) < 1
