@@ -14,6 +14,7 @@ from torch import Tensor
 from ..textual_inversion.concept import Concept, Word
 from ..textual_inversion.file import (
     LONGEST,
+    half_precision,
     parsed,
     placeholder_in,
     require_format,
@@ -50,7 +51,7 @@ def to_bytes(concept: Concept) -> bytes:
     for layer, added in concept.edit.added.items():
         tensors |= {f"up.{layer}": added.up, f"down.{layer}": added.down}
     data = with_metadata(
-        safetensors.torch.save({name: t.detach().cpu().half().contiguous() for name, t in tensors.items()}),
+        safetensors.torch.save(half_precision(word.placeholder, tensors)),
         {
             **concept.metadata,
             "concepts.format": str(FORMAT),

@@ -78,8 +78,8 @@ class Microworld(comfy.supported_models.SD15):
 
     def process_clip_state_dict(self, state_dict: dict) -> dict:
         state_dict = super().process_clip_state_dict(state_dict)
-        table = state_dict[TOKEN_TABLE]
-        if len(table) < text.VOCABULARY:
+        table = state_dict.get(TOKEN_TABLE)  # a checkpoint without text encoder has none
+        if table is not None and len(table) < text.VOCABULARY:
             state_dict[TOKEN_TABLE] = text.full_table(table)
         return state_dict
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..textual_inversion.concept import Concept, Word
 from ..textual_inversion.file import (
     LONGEST,
+    half_precision,
     parsed,
     placeholder_in,
     require_format,
@@ -57,7 +58,7 @@ def to_bytes(concept: Concept) -> bytes:
                 for kind, vectors in (("values", edit.values), ("keys", edit.keys)) if vectors}
     layers, key_layers = (layers_text({layer: len(vector) for layer, vector in vectors.items()})
                           for vectors in (edit.values, edit.keys))
-    tensors = {name: tensor.detach().cpu().half().contiguous() for name, tensor in tensors.items()}
+    tensors = half_precision(word.placeholder, tensors)
     if edit.dual is not None:
         tensors["dual"] = edit.dual.detach().cpu().float().contiguous()
     data = with_metadata(

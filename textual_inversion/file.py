@@ -182,9 +182,10 @@ def _checked(file: str, name: str, vectors: Tensor) -> Tensor:
 
 
 def parsed(data: bytes, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file's bytes. Raises ValueError that calls them `name`."""
+    """Metadata and tensors, in the order of their names, of a safetensors file's bytes. Raises ValueError that calls
+    them `name`."""
     try:
-        tensors = safetensors.torch.load(data)
+        tensors = dict(sorted(safetensors.torch.load(data).items()))  # in another order at each reading
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8:8 + size], object_pairs_hook=_each_once)
         return header.get("__metadata__") or {}, tensors
@@ -210,6 +211,14 @@ def require_format(name: str, metadata: Mapping[str, str], wanted: int, kind: st
         mend = "update ComfyUI-Concepts" if re.fullmatch("[1-9][0-9]*", version) else "it is damaged"
         raise ValueError(f"{name} has {kind} format {version[:20]!r} and this version of the pack reads {wanted}; "
                          f"{mend}.")
+
+
+def half_precision(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a file holds them, in fp16. Raises ValueError for numbers that are too large for that."""
+    halved = {key: tensor.detach().cpu().half().contiguous() for key, tensor in tensors.items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in halved.values()):
+        raise ValueError(f"{name} has grown too large to be saved; train it again with a lower learning rate.")
+    return halved
 
 
 def single_precision(name: str, key: str, tensor: Tensor) -> Tensor:

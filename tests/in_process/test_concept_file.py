@@ -130,6 +130,14 @@ def test_what_is_loaded_is_its_own_and_can_be_trained(tmp_path):
     assert not loaded.edit.target_input.is_inference() and loaded.edit.target_input.isfinite().all()
 
 
+def test_what_half_precision_cannot_hold_is_told_as_what_it_is(tmp_path):
+    made = concept()
+    grown = replace(made, words=(replace(made.words[0], vectors={"clip_l": torch.full((1, 32), 1e6)}),))
+    with pytest.raises(ValueError, match="^<mine> has grown too large to be saved; train it again") as error:
+        save(grown, tmp_path, "mine")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("made", [concept(), concept().words[0], concept().edit, Difference({})])
 def test_deep_copies_share_what_was_learned(made):
     assert copy.deepcopy([made]) == [made]

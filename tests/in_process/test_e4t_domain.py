@@ -1,12 +1,12 @@
 """Domain files: what is saved is what is loaded, and damage is one sentence."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import safetensors.torch
 import torch
-from concepts_pack.e4t.domain import Domain, from_bytes, load, save, to_bytes
+from concepts_pack.e4t.domain import Domain, digest, from_bytes, load, save, to_bytes
 from concepts_pack.e4t.encoder import Encoder, Shape
 from concepts_pack.e4t.offsets import Offset
 from concepts_pack.textual_inversion.file import parsed, with_metadata
@@ -41,6 +41,15 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert torch.equal(read.offsets[LAYER].left, made.offsets[LAYER].left)
     assert to_bytes(read) == to_bytes(made)
     assert not any(parameter.requires_grad for parameter in read.encoder.parameters())
+
+
+def test_a_domain_read_twice_is_one(tmp_path):
+    """Or a cancelled tuning would not go on from its state, nor its factors meet theirs again."""
+    made = domain()
+    more = {LAYER.replace("1.1", f"{number}.1"): made.offsets[LAYER] for number in range(1, 9)}
+    path = save(replace(made, offsets=more), tmp_path, "teddy")
+    one, other = load(path), load(path)
+    assert digest(one) == digest(other) and list(one.offsets) == list(other.offsets) == sorted(more)
 
 
 def test_a_name_that_is_taken_gets_a_counter(tmp_path):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import comfy.sd
 import comfy.supported_models
 import comfy.utils
 import folder_paths
@@ -117,6 +118,13 @@ def test_checkpoint_is_small_and_recognised(checkpoint):
     assert host.CHECKPOINT.stat().st_size <= 30e6
     assert isinstance(model.model.model_config, host.Microworld) and native_side(model) == 128
     assert vae.encode(torch.rand(1, 128, 128, 3)).shape == (1, 4, 16, 16)
+
+
+def test_a_checkpoint_without_text_encoder_loads_without():
+    tensors = {name: tensor for name, tensor in comfy.utils.load_torch_file(str(host.CHECKPOINT)).items()
+               if not name.startswith("cond_stage_model.")}
+    model, clip, *_ = comfy.sd.load_state_dict_guess_config(tensors, output_vae=False)
+    assert clip is None and isinstance(model.model.model_config, host.Microworld)
 
 
 def test_host_encodes_prompts_as_training_did(checkpoint):
