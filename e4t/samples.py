@@ -153,7 +153,7 @@ def _encoded(photos: list[Photo], views: int, side: int, mirror: bool, floor: fl
     crops = ceil(views / (len(photos) * (1 + mirror))) - 1
     cut = list(squares(photos, side, crops, mirror, seed))
     each = len(cut) // len(photos)
-    chosen = [cut[photo * each + (view + photo * mirror) % each] for view in range(each)
+    chosen = [cut[photo * each + (view + photo * mirror * each // 2) % each] for view in range(each)
               for photo in range(len(photos))][:views]  # every second photo mirrored first
     pictures = torch.stack([view.picture for view in chosen])
     masks = torch.stack([torch.ones(side, side) if view.mask is None else view.mask for view in chosen])

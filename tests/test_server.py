@@ -90,7 +90,7 @@ def test_every_example_is_tested():
 @pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
 def test_example_runs(client, info, name):
     heard = []
-    prompt = example(info, name)
+    prompt = quickly(example(info, name))
     outputs = client.run(prompt, lambda title, value, maximum: heard.append((value, maximum)))
     pictures = [client.images(outputs[key]) for key, node in prompt.items() if node["class_type"] == "SaveImage"]
     assert pictures and all(data.startswith(b"\x89PNG") for images in pictures for data in images)
