@@ -75,13 +75,11 @@ def test_half_precision_trains(request, kind):
     assert drawn(client, example(client.object_info(), "perfusion_train"))
 
 
-@pytest.mark.parametrize("kind", ["single", "small"])
-def test_a_domain_is_pretrained_and_a_model_tuned(request, kind):
-    client = request.getfixturevalue(kind)
-    prompt = example(client.object_info(), "e4t_pretrain")
+def test_a_domain_is_pretrained_and_a_model_tuned(small):
+    prompt = example(small.object_info(), "e4t_pretrain")
     the(prompt, "ConceptsPretrainE4T")["folder"] = "things"  # two instead of a hundred
     the(prompt, "ConceptsTuneE4T")["result"] = "tuned model"
-    assert drawn(client, prompt)
+    assert drawn(small, prompt)
 
 
 @pytest.mark.parametrize("precision", ["single", "half"])
