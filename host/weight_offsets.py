@@ -97,7 +97,7 @@ def offset_layers(
 
     def through(name: str, layer: torch.nn.Module, forward: Callable, x: Tensor) -> Tensor:
         own = layer.weight
-        for patch in layer.weight_function:  # LoRAs, which the host adds in each call with --novram
+        for patch in getattr(layer, "weight_function", ()):  # LoRAs that the host adds in each call with --novram
             own = patch(own.to(x.device, copy=True))
         weight = changed(name, own)
         if weight is own:
