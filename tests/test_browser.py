@@ -19,6 +19,16 @@ OPEN_TEMPLATE = """async name => {
 RED_NODES = """() => app.graph.nodes
     .filter(node => node.has_errors || !(node.type in LiteGraph.registered_node_types))
     .map(node => node.type)"""
+HIDDEN = """() => {
+    const box = ({pos: [x, y], size: [w, h]}) => [x, y - LiteGraph.NODE_TITLE_HEIGHT, x + w, y + h]
+    const meet = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3]
+    const within = (a, b) => b[0] <= a[0] && b[1] <= a[1] && a[2] <= b[2] && a[3] <= b[3]
+    const nodes = app.graph.nodes.map(node => [node.title, box(node)])
+    const groups = app.graph.groups.map(({pos: [x, y], size: [w, h]}) => [x, y, x + w, y + h])
+    const covered = nodes.filter(([, own], i) => nodes.slice(i + 1).some(([, other]) => meet(own, other)))
+    const outside = nodes.filter(([, own]) => groups.some(group => meet(own, group) && !within(own, group)))
+    return [...covered, ...outside].map(([title]) => title)
+}"""
 PROMPT = "async () => (await app.graphToPrompt()).output"
 WIDGETS = """() => {
     const node = app.graph.nodes.find(node => node.type === 'ConceptsTrainTextualInversion')
@@ -51,6 +61,7 @@ def inputs(prompt):
 def test_a_template_opens_whole_and_is_queued_as_saved(editor, client, name):
     editor.evaluate(OPEN_TEMPLATE, name)
     assert editor.evaluate(RED_NODES) == []
+    assert editor.evaluate(HIDDEN) == []  # at the sizes that the editor gives them
     saved = json.loads(client.get(f"/api/workflow_templates/ComfyUI-Concepts/{name}.json"))
     assert inputs(editor.evaluate(PROMPT)) == inputs(to_prompt(saved, client.object_info()))
 
