@@ -151,9 +151,18 @@ def make(folder: Path, build) -> None:
         try:
             partial.mkdir()
             build(partial)
-            partial.rename(folder)
+            settle(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def settle(partial: Path, folder: Path) -> None:
+    """Rename a folder, which on Windows a virus scanner may hold for a while."""
+    for _ in range(20):
+        with contextlib.suppress(PermissionError):
+            return partial.rename(folder)
+        time.sleep(0.5)
+    return partial.rename(folder)
 
 
 @contextlib.contextmanager
@@ -185,7 +194,8 @@ def make_host(folder: Path, version: str) -> None:
     torch = cache_folder() / f"torch-{key(*TORCH, *TOOLS)}"
     if not torch.is_dir():
         make(torch, lambda partial: pip(make_venv(partial), "install", *TORCH, *TOOLS))
-    (site_packages(python) / "torch.pth").write_text(f"{site_packages(venv_python(torch))}\n", encoding="utf-8")
+    own = site_packages(python)  # a relative path, as Python reads the file in the encoding of the system
+    (own / "torch.pth").write_text(f"{os.path.relpath(site_packages(venv_python(torch)), own)}\n", encoding="utf-8")
     pip(python, "install", *TORCH, *TOOLS, *PEERS, "-r", str(folder / "ComfyUI" / "requirements.txt"))
 
 
@@ -204,7 +214,9 @@ def venv_python(folder: Path) -> Path:
 def site_packages(python: Path) -> Path:
     """Ask a Python where its packages are."""
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    return Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
+    env = {**os.environ, "PYTHONUTF8": "1"}
+    asked = subprocess.run([python, "-c", code], capture_output=True, check=True, encoding="utf-8", env=env)
+    return Path(asked.stdout.strip())
 
 
 def download_host(folder: Path, version: str, python: Path) -> None:
@@ -224,7 +236,7 @@ def download_host(folder: Path, version: str, python: Path) -> None:
 
 def pip(python: Path, *arguments: str) -> None:
     """Run pip with the user's own configuration, its temporary files kept on the cache folder's disk."""
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as temp:
+    with tempfile.TemporaryDirectory(dir=cache_folder(), ignore_cleanup_errors=True) as temp:
         install([python, "-m", "pip", *arguments], {**os.environ, "TMPDIR": temp, "TEMP": temp, "TMP": temp})
 
 
@@ -275,9 +287,10 @@ def server_command(host: Host, folder: Path, port: int) -> list:
 
 
 def has_gpu(host: Host) -> bool:
-    """Ask the host's torch for a CUDA (or ROCm) device, and its Python for an Ascend card's package."""
+    """Ask the host's torch for a card of Nvidia, AMD, Intel or Apple, and its Python for an Ascend card's package."""
     code = ("import importlib.util as packages, sys, torch; "
-            "sys.exit(not (torch.cuda.is_available() or packages.find_spec('torch_npu')))")
+            "cards = any(kind.is_available() for kind in (torch.cuda, torch.xpu, torch.backends.mps)); "
+            "sys.exit(not (cards or packages.find_spec('torch_npu')))")
     return subprocess.run([host.python, "-c", code], stderr=subprocess.DEVNULL).returncode == 0
 
 

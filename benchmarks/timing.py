@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -77,7 +76,9 @@ def peak_now() -> float:
     """Peak memory so far in GB: the card's if there is one, else the process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    import resource  # which Windows lacks
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def peak_alone(script: str, which: str, batch: int, size: int) -> float:

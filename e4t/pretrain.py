@@ -398,6 +398,8 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
                             lambda p: model.model.process_latent_in(vae_encode(vae, p)), fingerprint(vae.patcher), work,
                             vision), precision(clip)
 
+    if workers.first:
+        log.info("This pretraining computes on %s.", model.load_device)
     found = read() if workers.first_here else None  # others find on disk what it has made
     workers.wait()
     samples, metric = found or read()

@@ -5,8 +5,8 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_base import BaseModel
 from torch import Tensor
 
-# PyTorch's attention has a backward on every device and keeps no attention maps for it. The host takes it for Nvidia
-# cards only; Sage and Flash have no backward, and the split ones are slow through it.
+# PyTorch's attention has a backward on every device and, but on Apple's and some of AMD's, keeps no attention maps for
+# it. The host takes it for Nvidia cards only; Sage and Flash have no backward, and the split ones are slow through it.
 ATTENTION = {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
 
 

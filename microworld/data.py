@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -46,8 +47,8 @@ def _chunk(seed: int, index: int) -> tuple[np.ndarray, np.ndarray, list[Scene], 
 
 
 def parallel(function: Callable, *arguments: Iterable, workers: int = 2) -> Iterator:
-    """`map` over processes where the system can fork them, else in this one."""
-    if "fork" not in multiprocessing.get_all_start_methods():
+    """`map` over processes where the system can fork them safely, else in this one."""
+    if sys.platform != "linux":
         yield from map(function, *arguments)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:

@@ -26,7 +26,8 @@ def use_host() -> None:
     import comfy.cli_args
     import torch
 
-    comfy.cli_args.args.cpu = not torch.cuda.is_available() and importlib.util.find_spec("torch_npu") is None
+    cards = any(kind.is_available() for kind in (torch.cuda, torch.xpu, torch.backends.mps))
+    comfy.cli_args.args.cpu = not cards and importlib.util.find_spec("torch_npu") is None
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.set_num_threads(max(1, min((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 4)))

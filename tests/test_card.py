@@ -13,7 +13,8 @@ from concepts_pack.microworld.domain import write_instance
 from .conftest import interrupt, script
 from .test_server import ROOT, WORKFLOWS, example, quickly, the
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the card is compiled by g++")
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None,
+                                reason="the card is compiled by g++ for Linux")
 
 
 def card(tmp_path_factory, server, *options, **environment):

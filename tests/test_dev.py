@@ -230,7 +230,8 @@ def test_pretraining_in_two_processes_as_the_readme_says(env, host, tmp_path):
 
 
 def test_run_takes_scripts_of_this_checkout(env, host, tmp_path):
-    assert cli(using(env, host), "run", tmp_path / "other.py") == (1, f"There is no {tmp_path}/other.py in {ROOT}.\n")
+    script = tmp_path / "other.py"
+    assert cli(using(env, host), "run", script) == (1, f"There is no {script} in {ROOT}.\n")
 
 
 def test_port_taken(env, host, tmp_path):

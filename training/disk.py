@@ -2,7 +2,9 @@
 
 import os
 import re
+import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from secrets import token_hex
@@ -11,6 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+NO_ROOM = re.compile(r"not enough memory|file mapping|mmap", re.IGNORECASE)  # as torch words it
+PAUSES = (0.05, 0.1, 0.2, 0.4)  # seconds; on Windows a virus scanner holds what is new for a moment
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -21,14 +26,26 @@ def write_whole(path: Path, data: bytes) -> None:
         with temporary.open("xb") as file:  # tempfile tries on and on in a folder that Windows protects
             begun = True
             file.write(data)
-        os.replace(temporary, path)
+            file.flush()
+            os.fsync(file.fileno())
+        _replace(temporary, path)
     except OSError as error:
-        refused = isinstance(error, PermissionError) and begun  # only to replace what is there
+        refused = isinstance(error, PermissionError) and begun and path.exists()
         advice = "; it may be in use: choose another name, or turn overwrite off" if refused else ""
         raise ValueError(f"{path} could not be written: {error.strerror or error}{advice}.") from error
     finally:
         if begun:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    for pause in PAUSES:
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            time.sleep(pause)
+    return os.replace(temporary, path)
 
 
 def read_whole(path: Path, largest: int, kind: str) -> bytes:
@@ -54,6 +71,8 @@ def unpacked_size(path: Path) -> int:
                 return size
         with zipfile.ZipFile(path) as packed:
             return max(size, sum(entry.file_size for entry in packed.infolist()))
+    except (PermissionError, MemoryError) as error:
+        raise _refused(path, error) from error
     except Exception as error:  # zipfile raises whatever a damaged file provokes
         raise ValueError(f"{path.name} is damaged or cut off; download it again.") from error
 
@@ -85,4 +104,12 @@ def read_pickle(path: Path, allowed: list[type], mmap: bool = False) -> Any:
         reason = re.split(r"\n|\.\s", message.strip())[0].rstrip(".")
         if isinstance(error, UnpicklingError) and not reason.startswith("Unsupported operand"):
             raise ValueError(f"{path.name} cannot be read without running code: {reason}.") from error
+        if isinstance(error, (PermissionError, MemoryError)) or NO_ROOM.search(str(error)):
+            raise _refused(path, error) from error
         raise ValueError(f"{path.name} is damaged or cut off; download it again.") from error
+
+
+def _refused(path: Path, error: Exception) -> ValueError:
+    reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+    return ValueError(f"{path.name} cannot be read ({reason}): it may be in use, damaged, or too large for this "
+                      "computer's memory.")

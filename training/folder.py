@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 
 from .dataset import SMALLEST, Photo, telling
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 READ = (*ENDINGS, ".txt")
 MASK_ENDINGS = (".mask.png", "-mask.png", "_mask.png")
 REPEATS = re.compile(r"(\d{1,3})_.*")  # 2024_summer is no number of repeats

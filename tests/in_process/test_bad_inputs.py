@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -176,6 +177,47 @@ def test_a_file_that_may_not_be_replaced(folder):
     with an_ordinary_user(), pytest.raises(ValueError, match="it may be in use: choose another name, or ") as error:
         save(WORD, folder, "mine", overwrite=True)
     assert in_one_sentence(error) and [path.read_bytes() for path in folder.iterdir()] == [before]
+
+
+def scanner(patch, moments):
+    """One that holds each new file until it was tried for so often, as virus scanners do on Windows."""
+    replace, unlink, tried = os.replace, Path.unlink, []
+
+    def held(source, target):
+        tried.append(source)
+        if len(tried) <= moments:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        replace(source, target)
+
+    def kept(path, missing_ok=False):
+        if path.suffix == ".part" and len(tried) <= moments:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        unlink(path, missing_ok)
+
+    patch.setattr(os, "replace", held)
+    patch.setattr(Path, "unlink", kept)
+
+
+def test_a_file_that_a_scanner_holds_for_a_moment_is_written(tmp_path, monkeypatch):
+    scanner(monkeypatch, 3)
+    path = save(WORD, tmp_path, "mine")
+    assert load(path).words[0].placeholder == WORD.words[0].placeholder and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_a_scanner_does_not_let_go(tmp_path, monkeypatch):
+    scanner(monkeypatch, 99)
+    with pytest.raises(ValueError, match="mine.safetensors could not be written: Access is denied.$") as error:
+        save(WORD, tmp_path, "mine")
+    assert in_one_sentence(error)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="There permissions are not those of the file")
+def test_a_pickle_that_is_held_is_not_called_damaged(folder):
+    torch.save({}, folder / "mine.pt")
+    (folder / "mine.pt").chmod(0)
+    with an_ordinary_user(), pytest.raises(ValueError, match=r"mine.pt cannot be read \(Permission") as error:
+        load(folder / "mine.pt")
+    assert in_one_sentence(error)
 
 
 def test_a_file_name_that_no_disk_takes(tmp_path):

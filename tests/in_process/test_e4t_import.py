@@ -3,6 +3,7 @@ picture to word and from offsets to weights, and what cannot be imported is one 
 
 import copy
 import json
+import os
 import re
 from contextlib import contextmanager
 
@@ -434,11 +435,15 @@ def test_releases_are_listed_wherever_they_were_unpacked(models):
     node = NODES["ConceptsImportE4T"]
     (folder,) = [i for i in node.define_schema().inputs if i.id == "folder"]
     assert folder.options == ["cats", "downloads/e4t-v1"]
-    (models / "linked").symlink_to((models / "downloads").rename(models.parent / "elsewhere") / "e4t-v1")
-    assert run("ConceptsImportE4T", folder="linked", name="").result
     before = node.fingerprint_inputs(folder="cats", name="")
     write(models / "cats", FROZEN, encoder=weights(), weight_offsets=OFFSETS)
     assert node.fingerprint_inputs(folder="cats", name="") != before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_a_linked_release(models):
+    (models / "linked").symlink_to((models / "cats").rename(models.parent / "elsewhere"))
+    assert run("ConceptsImportE4T", folder="linked", name="").result
 
 
 def test_words_of_another_size_than_the_clip(whole_model, clip, vae, models, eye):

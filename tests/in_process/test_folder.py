@@ -8,6 +8,7 @@ import torch
 from concepts_pack.training.folder import ALL, fingerprint, pictures_in, read_folder
 from PIL import Image, PngImagePlugin
 
+LINKS = pytest.mark.skipif(os.name == "nt", reason="links need a right there")
 RED = Image.new("RGB", (48, 40), (255, 0, 0))
 
 
@@ -88,6 +89,7 @@ def test_names_in_capitals_and_hidden_files(folder):
     assert only(folder).mask is not None and only(folder).caption == "a {} outside"
 
 
+@LINKS
 def test_what_a_linked_subfolder_holds_counts(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     RED.save(elsewhere / "a.png")
@@ -186,7 +188,7 @@ def test_a_tiny_picture_is_named(folder):
         read_folder(folder)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+@LINKS
 def test_a_link_to_nothing_is_named(folder):
     (folder / "x.png").symlink_to(folder / "gone.png")
     assert fingerprint(folder)
