@@ -16,7 +16,7 @@ from ..host.unet_features import unet_features
 from ..host.weight_offsets import offset_layers
 from ..perfusion.apply import Applied, Call
 from ..perfusion.concept import Edit
-from ..perfusion.edit import TRAINING_BIAS, TRAINING_TEMPERATURE
+from ..perfusion.edit import TRAINING_TEMPERATURE
 from ..textual_inversion.concept import Word
 from ..textual_inversion.templates import OBJECT, PLACES, fill
 from ..textual_inversion.word import spread
@@ -27,6 +27,7 @@ from .offsets import Offset, offset_weight, penalty
 from .samples import Pair
 
 PLACEHOLDER = "<domain>"
+BIAS = 0.75  # of the gate while a domain learns
 SENTENCES = OBJECT + PLACES
 
 
@@ -35,13 +36,11 @@ class Together(Call):
 
     def __init__(self, layers, edits: list[Applied], encodings: Tensor) -> None:
         super().__init__(layers, edits)
-        self._move(encodings.device)
+        self._move(encodings)
         calls = [Call(layers, [edit], encodings[row:row + 1]) for row, edit in enumerate(edits)]
         own = torch.eye(len(edits), device=encodings.device)[:, None, None]
-        self.only = tuple(
-            tuple((torch.cat(same)[..., None] * own).flatten(-2) for same in zip(*kind, strict=True))
-            for kind in zip(*(call.only for call in calls), strict=True)
-        )
+        self.only = tuple((torch.cat(same)[..., None] * own).flatten(-2)
+                          for same in zip(*(call.only for call in calls), strict=True))
 
 
 class Predictor:
@@ -122,7 +121,7 @@ class Predictor:
 
     @contextmanager
     def acting(self, encoder: Encoder, offsets: Mapping[str, Offset]) -> Iterator[None]:
-        """While it lasts, this encoder and these offsets are used, and the offsets act on the model."""
+        """While it lasts, this encoder and these offsets are used, and the offsets act until something is predicted."""
         own = self.encoder, self.offsets
         self.encoder, self.offsets = encoder, offsets
         self.offsetting = offsets
@@ -148,7 +147,7 @@ class Predictor:
         edits = []
         for row, target in enumerate(targets):
             edit = Edit(target, self.super_input, {name: own[name][row] + added[name][row] for name in added})
-            edits.append(Applied(edit, target @ self.precision, PLACEHOLDER, TRAINING_BIAS, TRAINING_TEMPERATURE))
+            edits.append(Applied(edit, target @ self.precision, PLACEHOLDER, BIAS, TRAINING_TEMPERATURE))
         return Together(list(self.attentions), edits, context)
 
     def _super_input(self, clip: CLIP) -> Tensor:

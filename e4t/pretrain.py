@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import cos, isfinite, pi
 from pathlib import Path
 
@@ -24,14 +25,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..host.bases import base_name, check_pair, native_side
+from ..host.bases import base_name, check_pair, manner, native_side, predicts
 from ..host.checkpoints import load_checkpoint, load_clip_vision
 from ..host.clip_vision import Vision
-from ..host.copies import fingerprint, private_copies
+from ..host.copies import encoded_by, fingerprint, private_copies
 from ..host.cross_attention import sizes
 from ..host.folders import DOMAINS, domains_folder, free_name, states_folder, unfinished_folder
 from ..host.objective import timestep_count
-from ..host.pictures import is_empty, vae_encode
+from ..host.pictures import is_empty, to_latents
 from ..host.sockets import CLIP, VAE, ModelPatcher
 from ..host.text import encode, fingerprint_of, widths
 from ..host.unet_features import unet_features
@@ -254,7 +255,7 @@ def pretrain(
     with private_copies(model, clip, recompute) as (unet, encoder):
         weights = fingerprint(unet, encoder.patcher)
         learner = Learner(unet, encoder, recipe, metric, samples, start)
-        states = States(keeping.folder, _run(recipe, samples, weights, start), 1)
+        states = States(keeping.folder, _run(recipe, samples, weights + manner(model), start), 1)
         losses = learner.restore(states, workers)
         held = min(32, len(samples.latents) // 10)
         lessons = samples.part(0, len(samples.latents) - held) if held else samples
@@ -266,7 +267,8 @@ def pretrain(
             if start:
                 record["start"] = json.loads(start.metadata.get("concepts.training", "{}"))
             return Domain(recipe.word, base, *learner.averaged(), recipe.scale, weights, text,
-                          {"concepts.training": json.dumps(record, sort_keys=True, separators=(",", ":"))},
+                          {"concepts.training": json.dumps(record, sort_keys=True, separators=(",", ":")),
+                           "modelspec.prediction_type": predicts(model)},
                           samples.vision)
 
         try:
@@ -395,8 +397,7 @@ def run(args: argparse.Namespace, checkpoint: tuple[ModelPatcher, CLIP, VAE]) ->
 
     def read() -> tuple[Samples, Tensor]:
         return read_samples(args.folder, args.views, side, recipe.side, args.mirror, args.mask_floor, recipe.seed,
-                            lambda p: model.model.process_latent_in(vae_encode(vae, p)), fingerprint(vae.patcher), work,
-                            vision), precision(clip)
+                            partial(to_latents, model, vae), encoded_by(model, vae), work, vision), precision(clip)
 
     if workers.first:
         log.info("This pretraining computes on %s.", model.load_device)

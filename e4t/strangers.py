@@ -52,12 +52,10 @@ def tell_strangers(predictor: Predictor, latents: Tensor, words: Sequence[Mappin
     judge = Judge(predictor, latents.shape[1:], seed)
     for number, latent in enumerate(latents, 1):
         sentence = fill(SENTENCES[0], predictor.word)
-        strangeness = judge.under_text(latent, sentence) / judge.under_text(latent, "")
-        if strangeness >= 1:
-            log.warning("Picture %d does not look like a %s to this checkpoint, whose error is %.0f %% higher with "
-                        "that word than without: the concept may not resemble it. Use a domain of what it shows, or "
-                        "crop it if the %s is only a small part of it.", number, predictor.word,
-                        100 * (strangeness - 1), predictor.word)
+        if judge.under_text(latent, sentence) >= judge.under_text(latent, ""):
+            log.warning("Picture %d does not look like a %s to this checkpoint, whose error is no lower with that "
+                        "word than without: the concept may not resemble it. Use a domain of what it shows, or crop it "
+                        "if the %s is only a small part of it.", number, predictor.word, predictor.word)
         elif len(words) > 1:
             others = [said for place, said in enumerate(words, 1) if place != number]
             mean = {name: torch.stack([said[name] for said in others]).mean(0) for name in others[0]}

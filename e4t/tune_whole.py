@@ -42,7 +42,7 @@ from .tune import mean_of, predict_each
 from .use import with_difference
 
 RANK = 4
-REGULARISER = 1e-3  # as in pretraining
+REGULARISER = 1e-3  # of how far the word is from the class word
 WORD_PATH = 2.5  # in the encoder's unit: how far all steps together may move each number that is added to the word
 
 
@@ -100,11 +100,11 @@ class TunedWhole(WordMethod):
         """Nothing is held back: the word follows the encoder."""
 
     def sampled(self) -> ModelPatcher:
-        self._settle()
+        self._fix_word()
         return with_difference(self.unet, self.difference(), 1.0)
 
     def concept(self, metadata: Mapping[str, str]) -> Concept:
-        self._settle()
+        self._fix_word()
         return Concept((self.word(),), self.difference(), metadata)
 
     def keep(self, concept: Concept, name: str) -> Path:
@@ -117,7 +117,7 @@ class TunedWhole(WordMethod):
     def _tuned(self, layer: str, weight: Tensor) -> Tensor:
         return changed_weight(weight, self.offsets.get(layer), self.added[layer]) if self.acting else weight
 
-    def _settle(self) -> None:
+    def _fix_word(self) -> None:
         """Makes the word what is kept of the mean of what `loss` now learns with, and leaves the model as it is."""
         self.acting = self.encoder.hears_offsets
         start = mean_of(predict_each(self.predictor, self.seen, self.latents, self.recipe.seed))

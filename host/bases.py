@@ -1,7 +1,9 @@
 """Which kinds of checkpoint the pack can train on."""
 
-from comfy.model_base import ModelType
+from collections.abc import Mapping
+
 from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import EPS, V_PREDICTION
 from comfy.sd import CLIP
 from comfy.supported_models import SD15, SD20, SDXL, LotusD, SD21UnclipH, SD21UnclipL
 
@@ -37,7 +39,28 @@ def native_side(model: ModelPatcher) -> int:
         return own
     if isinstance(config, SDXL):
         return 1024
-    return 768 if isinstance(config, SD20) and model.model.model_type == ModelType.V_PREDICTION else 512
+    return 768 if isinstance(config, SD20) and predicts(model) == "v" else 512
+
+
+def predicts(model: ModelPatcher) -> str:
+    """What the UNet predicts, as `modelspec.prediction_type` has it: 'epsilon', 'v', or '' for anything else."""
+    kinds = {EPS.calculate_denoised: "epsilon", V_PREDICTION.calculate_denoised: "v"}
+    return kinds.get(type(model.get_model_object("model_sampling")).calculate_denoised, "")
+
+
+def other_prediction(metadata: Mapping[str, str], model: ModelPatcher) -> str:
+    """What a file was learned on, if its header tells of another prediction than this model's, else ''."""
+    learned, here = metadata.get("modelspec.prediction_type", ""), predicts(model)
+    return learned if learned and here and learned != here else ""
+
+
+def manner(model: ModelPatcher) -> str:
+    """How the UNet is used, besides its weights: the kinds of its sampling and latents, which nodes may replace."""
+    sampling, latents = model.get_model_object("model_sampling"), model.get_model_object("latent_format")
+    kinds = (*type(sampling).__mro__[1:], type(latents))  # the first is the host's name for any mixture
+    numbers = [f"{name}={value}" for part in (sampling, latents) for name, value in sorted(vars(part).items())
+               if isinstance(value, float)]
+    return " ".join([*(kind.__name__ for kind in kinds), *numbers])
 
 
 def check_pair(model: ModelPatcher, clip: CLIP) -> None:

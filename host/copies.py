@@ -15,7 +15,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from comfy.sd import CLIP
+from comfy.sd import CLIP, VAE
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -76,6 +76,11 @@ def fingerprint(*patchers: ModelPatcher) -> str:
                 start = weight.reshape(-1)[:32].float().cpu().contiguous()
                 digest.update(f"{name} {tuple(weight.shape)}".encode() + start.numpy().tobytes())
     return digest.hexdigest()
+
+
+def encoded_by(model: ModelPatcher, vae: VAE) -> str:
+    """A digest of what makes latents of pictures: the VAE, and how the model scales what that gives."""
+    return f"{fingerprint(vae.patcher)} {type(model.get_model_object('latent_format')).__name__}"
 
 
 def settle(*patchers: ModelPatcher) -> None:

@@ -20,6 +20,22 @@ def vae_encode(vae: VAE, images: Tensor) -> Tensor:
         return torch.cat([vae.encode(image[None]).float() for image in images.clone()])
 
 
+def to_latents(model: ModelPatcher, vae: VAE, images: Tensor) -> Tensor:
+    """Images (b h w 3) in 0..1 to latents (b c h w) as this model's UNet sees them, fp32, ordinary tensors.
+
+    Raises ValueError for a VAE of another kind, and for one that gives no numbers.
+    """
+    known = model.get_model_object("latent_format")  # which nodes may put in place of the checkpoint's own
+    if vae.latent_channels != known.latent_channels:
+        raise ValueError(f"This VAE makes latents of {vae.latent_channels} channels and the MODEL takes "
+                         f"{known.latent_channels}; connect the VAE of the same checkpoint.")
+    latents = known.process_in(vae_encode(vae, images))
+    if not bool(latents.isfinite().all()):
+        raise ValueError("The VAE makes latents of a picture that are not numbers; start ComfyUI without --fp16-vae, "
+                         "or connect another VAE.")
+    return latents
+
+
 def sample_picture(model: ModelPatcher, clip: CLIP, vae: VAE, prompt: str, shape: tuple[int, ...], cfg: float,
                    steps: int, seed: int) -> Tensor:
     """One picture (h w 3) of `prompt` through the host's own sampler; `shape` is that of the latent (c h w).

@@ -9,7 +9,7 @@ from ..e4t.release import read_release
 from ..host.bases import base_name, native_side
 from ..host.clip_vision import Vision
 from ..host.folders import DOMAINS, folder_path, folders_with
-from ..host.pictures import vae_encode
+from ..host.pictures import to_latents
 from ..host.progress import shown
 from ..training.dataset import gather, squares
 from ..training.folder import read_photo
@@ -31,7 +31,7 @@ class ConceptsImportTunedE4T(io.ComfyNode):
             category="concepts/io",
             description=(
                 "Makes a concept of a folder that e4t-diffusion tuned on one picture: of its whole UNet of 4 GB, the "
-                "weight offsets and the attention matrices' change stay, as a few MB. Save Concept keeps it."
+                "weight offsets and the attention matrices' change stay, as some MB. Save Concept keeps it."
             ),
             search_aliases=["e4t", "import concept", "mkshing", "e4t-diffusion", "unet.pt"],
             inputs=[
@@ -85,7 +85,7 @@ class ConceptsImportTunedE4T(io.ComfyNode):
                              "'image'.")
         photos = [read_photo(path / PICTURE)] if image is None else gather([image])[:1]
         (square,) = squares(photos, native_side(model))
-        latent = model.model.process_latent_in(vae_encode(vae, square.picture[None]))
+        latent = to_latents(model, vae, square.picture[None])
         concept, kept = concept_of(release, model, clip, square.picture[None], latent, Vision(eye), word, rank)
         size = len(difference_file.to_bytes(concept))
         said = (f"{word}: a {release.domain_word} tuned on {release.base}, {size / 1e6:.1f} MB with its weight "

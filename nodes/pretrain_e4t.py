@@ -11,9 +11,9 @@ from ..e4t.samples import read_samples
 from ..e4t.validation import Look
 from ..host.bases import base_name, check_pair, native_side
 from ..host.clip_vision import Vision
-from ..host.copies import computes_in_bf16, fingerprint, memory_is_short
+from ..host.copies import computes_in_bf16, encoded_by, memory_is_short
 from ..host.folders import DOMAINS, domains_folder, free_name, input_subfolder, input_subfolders, states_folder
-from ..host.pictures import is_empty, vae_encode
+from ..host.pictures import is_empty, to_latents
 from ..host.progress import ProgressBar, shown, stop_if_cancelled
 from ..microworld.domain import DOMAINS as SAMPLE_WORDS
 from ..microworld.domain import write_instance
@@ -152,10 +152,10 @@ class ConceptsPretrainE4T(io.ComfyNode):
 
         def encode(pictures: Tensor) -> Tensor:
             stop_if_cancelled()
-            return model.model.process_latent_in(vae_encode(vae, pictures))
+            return to_latents(model, vae, pictures)
 
         samples = read_samples(pictures_folder(folder), VIEWS, side, recipe.side, mirror, FLOOR, seed, encode,
-                               fingerprint(vae.patcher), states_folder(), clip_vision and Vision(clip_vision))
+                               encoded_by(model, vae), states_folder(), clip_vision and Vision(clip_vision))
         bar = ProgressBar(steps)
 
         def watch(step: int, loss: float) -> None:

@@ -9,7 +9,7 @@ from ..e4t.domain import Domain as DomainValue
 from ..e4t.tune import TunedEdit, tuning_recipe
 from ..e4t.tune_whole import TunedWhole, whole_recipe
 from ..e4t.vision import vision_for
-from ..host.bases import base_name
+from ..host.bases import base_name, other_prediction
 from ..host.text import fingerprint_of, widths
 from ..perfusion.covariance import encoder_fingerprint, precision
 from ..textual_inversion.train import learn_word
@@ -48,7 +48,7 @@ class ConceptsTuneE4T(io.ComfyNode):
                 *how_to_run(),
                 io.Combo.Input("result", options=[CONCEPT, TUNED], default=CONCEPT, optional=True, tooltip=(
                     "A Perfusion concept, a small file with a bias that composes with others; or the tuned model of "
-                    "the paper, kept as a difference of a few MB, which also changes prompts without the word."
+                    "the paper, kept as a difference of some MB, which also changes prompts without the word."
                 )),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip=(
                     "Only for a domain that was pretrained with CLIP vision, and then the same one, from Load CLIP "
@@ -94,6 +94,9 @@ def checked(domain: DomainValue, model, clip) -> DomainValue:
     if domain.text and domain.text != fingerprint_of(clip):
         log.warning("The domain %r was pretrained with another text encoder than this one; more steps may be needed.",
                     domain.word)
+    if learned := other_prediction(domain.metadata, model):
+        log.warning("The domain %r was pretrained on a model that predicts %s, and this one does not; its concepts "
+                    "will hardly look like their pictures.", domain.word, learned)
     return domain
 
 

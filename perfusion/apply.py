@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..textual_inversion.concept import Unchanging
 from .concept import Edit
-from .edit import change, components, gate, gate_of_kin, similarity, withheld
+from .edit import components, gate, gate_of_kin, similarity, withheld
 
 BIAS, TEMPERATURE = 0.8, 0.1
-KEYS, VALUES = 0, 1
+LOCKED, KEYS, VALUES = 0, 1, 2
 SIBLING = 0.05  # by this share may a concept's own token hold more of another concept
 
 
@@ -78,9 +78,9 @@ class Call:
         self.layers, self.edits = layers, edits
         self.trained_keys = [dict(a.edit.keys) for a in edits]  # torch.compile cannot read the edit's own mappings
         self.learned_values = [dict(a.edit.values) for a in edits]
-        self.known: list[tuple[Tensor, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]] = []
+        self.known: list[tuple[Tensor, tuple[Tensor, ...]]] = []
         self.seen: list[Tensor] = []
-        self.only: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        self.only: tuple[Tensor, ...] | None = None
         if encodings is not None:
             self.only = self._amounts(encodings)
 
@@ -92,33 +92,36 @@ class Call:
         """Locked keys: o*_K = W_K·(super-category), whatever the model's weights are now."""
         trained = [keys.get(name) for keys in self.trained_keys]
         if all(key is None for key in trained):
-            return self._edited(forward, encodings, lambda own: own, KEYS)
-        return self._edited(forward, encodings, lambda own: torch.stack(
-            [o if key is None else key.to(o) for o, key in zip(own, trained, strict=True)]), KEYS)
+            return self._edited(forward, encodings, LOCKED)
+        return self._edited(forward, encodings, KEYS, lambda own: torch.stack(
+            [o if key is None else key.to(o) for o, key in zip(own, trained, strict=True)]))
 
     def values(self, name: str, forward: Callable, encodings: Tensor) -> Tensor:
         """o*_V, from the super-category's own values at strength 0 to those learned at 1."""
-        return self._edited(
-            forward, encodings, lambda own: torch.lerp(own, self.learned[name], self.strength[:, None]), VALUES
-        )
+        return self._edited(forward, encodings, VALUES, lambda own: self.learned[name])
 
-    def _edited(self, forward: Callable, encodings: Tensor, learned: Callable[[Tensor], Tensor],
-                kind: int) -> Tensor:
-        """W e + Δh, where `learned` makes o* (j d_l) of W·(super-category)."""
+    def _edited(self, forward: Callable, encodings: Tensor, kind: int,
+                learned: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """W e + Δh with Δh = Σ_j g_j o*_j - c_j W i*_j (equation 3), W with all that LoRAs and quantisation make of it.
+
+        `learned` makes o* (j d_l) of W·(super-category); without it that is o*.
+        """
         h = forward(encodings)
         if encodings.shape[-1] != len(self.edits[0].dual):
             return h
-        c, gates = self._amounts(encodings)[kind]
-        inputs, own = self._through(forward, encodings)
-        return h + change(c, gates, inputs, torch.cat([learned(own), own])).to(h)
+        shares = self._amounts(encodings)[kind]
+        outputs = forward(self.vectors.to(encodings))[0].float()
+        if learned is not None:
+            outputs = torch.cat([learned(outputs[:len(self.edits)]), outputs])
+        return h + (shares @ outputs).to(h)
 
-    def _amounts(self, encodings: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """For keys and for values: components (b n j) of encodings (b n d), and what o* and the super-category get of
-        each concept (b n 2j): the gates, and what these withhold."""
+    def _amounts(self, encodings: Tensor) -> tuple[Tensor, ...]:
+        """For locked keys, trained keys and values: how much of o*, of W·(super-category) and of W i* each token of
+        encodings (b n d) gets of each concept (b n 3j); locked keys, of which the first two are one, (b n 2j)."""
         if self.only is not None:
             return self.only
         if not self.known:
-            self._move(encodings.device)
+            self._move(encodings)
         amounts = next((found for seen, found in self.known if seen is encodings), None)
         if amounts is None:
             s = similarity(encodings.float(), self.inputs, self.dual)
@@ -132,9 +135,10 @@ class Call:
             opened = gate_of_kin(torch.ones_like(self.bias), self.bias, self.temperature)
             untouched, given_back = withheld(c, g, opened)
             c = c - untouched * ~self.everywhere
-            c, gates = c * self.acting, torch.cat([g, given_back * ~self.everywhere], -1) * self.acting.repeat(2)
-            keys = c * self.key_strength, gates * self.key_strength.repeat(2)
-            amounts = keys, (c, gates)
+            g, given, out = g * self.acting, given_back * ~self.everywhere * self.acting, -c * self.acting
+            amounts = (torch.cat([g + given, out], -1) * self.key_strength.repeat(2),
+                       torch.cat([g, given, out], -1) * self.key_strength.repeat(3),
+                       torch.cat([g * self.strength, g * (1 - self.strength) + given, out], -1))
             self.known.append((encodings, amounts))
         return amounts
 
@@ -146,15 +150,13 @@ class Call:
         held = s * einsum(self.inputs, self.dual, "j d, j d -> j").sqrt()
         return held >= (1 - SIBLING) * held.amax(-1, keepdim=True)
 
-    def _through(self, forward: Callable, encodings: Tensor) -> tuple[Tensor, Tensor]:
-        """W i* and W·(super-category) (j d_l), fp32, with all that LoRAs and quantisation make of W."""
-        return forward(self.vectors.to(encodings.dtype))[0].float().chunk(2)
-
-    def _move(self, device: torch.device) -> None:
-        """Brings everything to the device, each kind in one piece."""
+    def _move(self, encodings: Tensor) -> None:
+        """Brings everything to the device of the encodings, each kind in one piece."""
+        device = encodings.device
         edits, learned = [a.edit for a in self.edits], self.learned_values
         self.inputs = torch.stack([edit.target_input for edit in edits]).to(device)
-        self.vectors = torch.cat([self.inputs, torch.stack([edit.super_input for edit in edits]).to(device)])[None]
+        super_inputs = torch.stack([edit.super_input for edit in edits]).to(device)
+        self.vectors = torch.cat([super_inputs, self.inputs])[None].to(encodings)
         self.dual = torch.stack([a.dual for a in self.edits]).to(device)
         values = torch.stack([torch.cat([own[name] for name in self.layers]) for own in learned]).to(device)
         sizes = [len(learned[0][name]) for name in self.layers]

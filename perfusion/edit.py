@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 RIDGE = 1e-6  # of the Gram matrix, whose diagonal is 1: keeps it solvable when two concepts are one
-TRAINING_BIAS, TRAINING_TEMPERATURE = 0.75, 0.1
+TRAINING_TEMPERATURE = 0.1
 KIN = 0.5  # the similarity up to which a token has only read of the concept; the word itself has 1
 
 
@@ -70,15 +70,7 @@ def components(s: Tensor, target_inputs: Tensor, dual: Tensor, present: Tensor |
     gram = einsum(target_inputs, dual, "j d, k d -> k j")
     length = gram.diagonal().sqrt()
     others = (gram / length[:, None] / length).fill_diagonal_(0) * here[..., None] * here[..., None, :]
-    identity = torch.eye(len(length)).to(gram)
-    solved = torch.linalg.solve(others + (1 + RIDGE) * identity, similar * length * here)
+    identity = torch.eye(len(length), dtype=gram.dtype, device=where)
+    solved = torch.linalg.solve_ex(others + (1 + RIDGE) * identity, similar * length * here)[0]  # which waits for none
     return (solved / length).to(s)
 
-
-def change(components: Tensor, gates: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
-    """Δh = Σ_j g_j o_j - c_j W i_j, what the edit adds to a layer's output h = W e (equation 3).
-
-    components (… j), inputs W i (j d_l), gates (… k) and outputs (k d_l), which are o* and whatever else is given in
-    place of what is taken out -> (… d_l).
-    """
-    return torch.cat([gates, -components], -1) @ torch.cat([outputs, inputs])

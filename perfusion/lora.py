@@ -1,4 +1,4 @@
-"""A concept's edit without its gate: a rank-1 change of the key and value weights, as a LoRA file any loader takes."""
+"""A concept's edit without its gate: a rank-1 change of the key and value weights, as a LoRA file."""
 
 import json
 
@@ -17,12 +17,13 @@ KEPT = ("modelspec.base_model", "modelspec.title", "ssmd_cover_images", "concept
 
 
 @torch.no_grad()
-def to_lora(model: ModelPatcher, concept: Concept, dual: Tensor, strength: float = 1.0) -> dict[str, Tensor]:
+def to_lora(model: ModelPatcher, concept: Concept, dual: Tensor, strength: float = 1.0,
+            with_word: bool = True) -> dict[str, Tensor]:
     """LoRA tensors of rank 1 (fp16), up (o* - W i*) and down M⁻¹ i* / <i*, i*>, so that W' i* = o* at strength 1.
 
     Without a gate the change acts on every token as far as it resembles i*. `dual` (d) is M⁻¹ i* of `linear`. W is what
-    the model's layers compute, with the LoRAs on it; the word is bundled as A1111 does. Raises ValueError for numbers
-    that half precision cannot hold.
+    the model's layers compute, with the LoRAs on it; `with_word` bundles the word as A1111 does. Raises ValueError for
+    numbers that half precision cannot hold.
     """
     (word,), edit = concept.words, concept.edit
     target = edit.target_input
@@ -43,7 +44,7 @@ def to_lora(model: ModelPatcher, concept: Concept, dual: Tensor, strength: float
             tensors[f"{key}.lora_up.weight"] = up
             tensors[f"{key}.lora_down.weight"] = (down / balance)[None].half().contiguous()
             tensors[f"{key}.alpha"] = torch.tensor(1.0)
-    return tensors | bundled(word)
+    return tensors | (bundled(word) if with_word else {})
 
 
 def to_bytes(tensors: dict[str, Tensor], concept: Concept) -> bytes:

@@ -36,8 +36,8 @@ class EditRecipe(Recipe):
     `relative_values`, and of trained keys likewise; `learning_rate` is that of the word, `momentum` what i* keeps of
     itself at each step (section 4.4). `constancy` is the weight of a second loss that keeps the word near i* wherever
     it stands in a prompt. Each step draws its bias from `bias` ± `slide`, so that the concept is learned for the whole
-    slider. `corpus` names the captions of the user's own that the encoder was measured on. The last two are ablations:
-    keys that are learned instead of locked, and a gradient through i*.
+    slider. `corpus` names the captions of the user's own that the encoder was measured on. With `train_keys` keys are
+    learned instead of locked.
     """
 
     value_rate: float = 0.03
@@ -50,7 +50,6 @@ class EditRecipe(Recipe):
     own_masks: bool = True
     corpus: str = ""
     train_keys: bool = False
-    through_target: bool = False
 
 
 class EditMethod(WordMethod):
@@ -90,17 +89,15 @@ class EditMethod(WordMethod):
         prompts = self.prompts(batch)
         context, pooled = encode_all(self.clip, prompts)
         context = context.to(self.device)
-        met = torch.stack([context[row, self._place(text)] for row, text in enumerate(prompts)]).float().mean(0)
-        self.met.append(met.detach())
+        places = [context[row, self._place(text)] for row, text in enumerate(prompts)]
+        self.met.append(torch.stack(places).detach().float().mean(0))
         target = self.target_input.data
-        if self.recipe.through_target:
-            target = target + met - met.detach()
         bias = self.recipe.bias + self.recipe.slide * (2 * Random(batch.lot).random() - 1)
         training = Applied(self._edit(target), self._dual(target), self.recipe.placeholder, bias,
                            self.recipe.temperature)
         self.call = Call(list(self.attentions), [training], context)
         error = self.error_under(batch, context, pooled)
-        return error + self.recipe.constancy * self._away(batch.lot, target.detach())
+        return error + self.recipe.constancy * self._away(batch.lot, target)
 
     def _away(self, lot: int, target: Tensor) -> Tensor:
         """How far the word is from i* in a sentence that no photo shows."""

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable
 
+from ..host.bases import other_prediction
 from ..host.cross_attention import edits_on, hook_of, sizes, with_edits
 from ..host.sockets import CLIP, HookGroup, ModelPatcher
 from ..host.text import widths
@@ -69,6 +70,9 @@ def _ready(
     if concept.edit.encoder and concept.edit.encoder != encoder_fingerprint(clip):
         log.warning("%s was learned with another text encoder than this one, or with another CLIP Set Last Layer in "
                     "front of where it is applied; it may look less like its photos.", word.placeholder)
+    if learned := other_prediction(concept.metadata, model):
+        log.warning("%s was learned on a model that predicts %s, and this one does not; it will hardly look like its "
+                    "photos.", word.placeholder, learned)
     edit = applied(concept.edit, precision_for(concept.edit, clip), word.placeholder, strength=strength, **settings)
     if edit.start >= edit.end:
         raise ValueError(f"{word.placeholder} would never act: its start ({edit.start:.2f}) is not before its end "

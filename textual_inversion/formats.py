@@ -5,6 +5,7 @@ Layouts are told apart by their keys. Pickled files are read by torch's weights-
 
 import io
 import json
+import logging
 import re
 import unicodedata
 from collections import OrderedDict, defaultdict
@@ -19,6 +20,7 @@ from torch.nn.modules.container import ParameterDict
 from ..training.disk import read_pickle, read_safetensors, unpacked_size
 from .word import PLACEHOLDER
 
+log = logging.getLogger("concepts")
 ENCODERS = ("clip_l", "clip_g", "clip_h")
 ENCODER_OF_WIDTH = {1024: "clip_h", 1280: "clip_g"}
 ENCODER_OF_KEY = {name: name for name in ENCODERS} | {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
@@ -85,8 +87,10 @@ def words_in(file: str, content: dict[str, Any], metadata: dict[str, str]) -> Fo
         tensors = _parameters(content["string_to_param"])
         written, name = (_text(content.get(key)) for key in ("concepts.placeholder", "name"))
         return {written or _placeholder(tensors) or in_brackets(name): _one(file, tensors, metadata)}
-    if content and content.keys() <= ENCODER_OF_KEY.keys():
-        return {"": {ENCODER_OF_KEY[key]: tensor for key, tensor in content.items()}}
+    if (known := content.keys() & ENCODER_OF_KEY.keys()) and not metadata.get("concepts.method"):
+        if others := content.keys() - known:
+            log.warning("%s also holds %s, which no prompt takes; they are left out.", file, ", ".join(sorted(others)))
+        return {"": {ENCODER_OF_KEY[key]: content[key] for key in sorted(known)}}
     return {_placeholder(content): _one(file, content, metadata)}
 
 

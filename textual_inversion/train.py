@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..host.bases import base_name, check_pair, native_side
+from ..host.bases import base_name, check_pair, manner, native_side, predicts
 from ..host.clip_overlay import with_words
 from ..host.copies import card_is_small, fingerprint, memory_is_short, private_copies, settle
 from ..host.folders import states_folder, unfinished_folder
 from ..host.objective import denoising_error, timestep_count
-from ..host.pictures import sample_picture, vae_encode
+from ..host.pictures import sample_picture, to_latents
 from ..host.progress import Cancelled, ProgressBar
 from ..host.sockets import CLIP, VAE, ModelPatcher
 from ..host.text import encode, encode_all, fingerprint_of, rows, word_places
@@ -232,19 +233,18 @@ def learn_word(
     `recompute` halves the memory and costs a third of the speed; None does so where the card is short of memory.
     Raises ValueError with one sentence for input it cannot learn from, and Diverged when the loss is lost.
     """
-    base = base_name(model)
+    made_on = base_name(model), predicts(model)
     check_pair(model, clip)
     if recompute is None:
         recompute = memory_is_short(model, recipe.batch_size)
     side = working_side(photos, recipe.resolution, native_side(model))
     views = squares(photos, side, recipe.crops, recipe.mirror, recipe.seed)
-    lessons = cache(lambda pictures: model.model.process_latent_in(vae_encode(vae, pictures)), views, len(photos),
-                    recipe.mask_floor)
+    lessons = cache(partial(to_latents, model, vae), views, len(photos), recipe.mask_floor)
     shown = list(squares(photos, side))
     with private_copies(model, clip, recompute) as (unet, text):
         lessons = _on(lessons, unet.load_device)
         method = method_of(unet, text, recipe, lessons)
-        models = fingerprint(unet, text.patcher, vae.patcher) + fingerprint_of(clip)
+        models = f"{fingerprint(unet, text.patcher, vae.patcher)}{fingerprint_of(clip)}{manner(model)}"
         states = keeping and _states(keeping, method, photos, models)
         watcher = Watcher(method, vae, lessons.latents.shape[2:], view)
         watcher.sample(f"step 0: {recipe.init_text}")
@@ -254,15 +254,17 @@ def learn_word(
         try:
             losses = train(method, lessons.latents, plan, watcher, states)
         except Diverged as error:
-            kept = _keep(method, _concept(method, base, watcher, error.losses, shown), len(error.losses))
+            if not error.losses:
+                raise
+            kept = _keep(method, _concept(method, made_on, watcher, error.losses, shown), len(error.losses))
             raise Diverged(f"{error} What was learned before is {kept}.", error.losses) from error
         if len(losses) < recipe.steps:
             try:
                 watcher.sample(f"stopped at step {len(losses)}")
             finally:  # also when Cancel is pressed a second time
-                kept = _keep(method, _concept(method, base, watcher, losses, shown), len(losses))
+                kept = _keep(method, _concept(method, made_on, watcher, losses, shown), len(losses))
                 log.warning("Training stopped after %d of %d steps; the word is %s.", len(losses), recipe.steps, kept)
-        concept = _concept(method, base, watcher, losses, shown)
+        concept = _concept(method, made_on, watcher, losses, shown)
     return Lesson(concept, losses, _sheet(shown, watcher, losses))
 
 
@@ -290,12 +292,14 @@ def _states(keeping: Keeping, method: WordMethod, photos: Sequence[Photo], model
     return states
 
 
-def _concept(method: WordMethod, base: str, watcher: Watcher, losses: list[float],
+def _concept(method: WordMethod, made_on: tuple[str, str], watcher: Watcher, losses: list[float],
              photos: Sequence[Photo]) -> Concept:
+    base, predicted = made_on
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{base}/{method.architecture}",
         "modelspec.base_model": base,
+        **({"modelspec.prediction_type": predicted} if predicted else {}),
         "modelspec.title": method.recipe.placeholder.strip("<>"),
         "ssmd_cover_images": json.dumps([preview.cover(watcher.samples[-1][1])]),
         "concepts.training": record(method.recipe, len(photos), photos[0].picture.shape[0], len(losses)),

@@ -2,15 +2,18 @@
 
 import copy
 
+import comfy.latent_formats
 import comfy.model_base
 import comfy.model_patcher
 import comfy.supported_models
 import folder_paths
 import pytest
 import torch
-from concepts_pack.host.bases import base_name, native_side
-from concepts_pack.host.copies import private_copies
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+from concepts_pack.host.bases import base_name, manner, native_side, predicts
+from concepts_pack.host.copies import encoded_by, private_copies
 from concepts_pack.host.objective import denoising_error
+from concepts_pack.host.pictures import to_latents, vae_encode
 from concepts_pack.host.text import encode
 from concepts_pack.textual_inversion import train as word_training
 from concepts_pack.textual_inversion.apply import apply_words
@@ -88,9 +91,46 @@ def test_sdxl_hears_of_the_pooled_text_and_of_the_picture_size(other_base):
 def test_the_side_that_a_checkpoint_was_made_for(family, kind, side, caplog):
     """The host warns of a config that is asked for what it does not have."""
     model = patcher(family, in_channels=4)
-    model.model.model_type = comfy.model_base.ModelType[kind]
+    predicted = comfy.model_base.ModelType[kind]
+    model.model.model_sampling = comfy.model_base.model_sampling(model.model.model_config, predicted)
     caplog.clear()
     assert native_side(model) == side and not caplog.records
+
+
+def test_the_side_follows_what_a_node_says_the_unet_predicts():
+    model, noise = patcher("SD20", in_channels=4), comfy.model_base.ModelType.EPS
+    model.model.model_sampling = comfy.model_base.model_sampling(model.model.model_config, noise)
+    assert (native_side(model), predicts(model)) == (512, "epsilon")
+    mended = ModelSamplingDiscrete().patch(model, "v_prediction", False)[0]
+    assert (native_side(mended), predicts(mended)) == (768, "v") and native_side(model) == 512
+    assert predicts(ModelSamplingDiscrete().patch(model, "x0", False)[0]) == ""
+    assert manner(ModelSamplingDiscrete().patch(model, "eps", False)[0]) == manner(model) != manner(mended)
+
+
+def test_latents_are_scaled_as_the_model_is_told_to(model, vae, photos):
+    """As ModelSamplingContinuousEDM tells it for Playground."""
+    told = model.clone()
+    other = comfy.latent_formats.SDXL_Playground_2_5()
+    told.add_object_patch("latent_format", other)
+    with torch.inference_mode():
+        raw = vae_encode(vae, photos[:1])
+        assert torch.equal(to_latents(model, vae, photos[:1]), model.model.process_latent_in(raw))
+        assert torch.equal(to_latents(told, vae, photos[:1]), other.process_in(raw))
+    assert manner(told) != manner(model) and encoded_by(told, vae) != encoded_by(model, vae)
+
+
+def test_a_vae_that_does_not_belong_to_the_model_is_named(model, vae, photos, monkeypatch):
+    monkeypatch.setattr(vae, "latent_channels", 16)
+    with pytest.raises(ValueError, match="This VAE makes latents of 16 channels and the MODEL takes 4; connect"):
+        to_latents(model, vae, photos[:1])
+
+
+def test_a_vae_that_gives_no_numbers_is_named_and_nothing_is_kept(model, clip, vae, photos, tmp_path, monkeypatch):
+    """As some of SDXL's do in half precision."""
+    monkeypatch.setattr(vae, "encode", lambda pictures, own=vae.encode: own(pictures) * float("nan"))
+    with pytest.raises(ValueError, match="latents of a picture that are not numbers; start ComfyUI without --fp16-vae"):
+        learn_word(model, clip, vae, gather([photos]), RECIPE, Preview())
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("other_base", ["SDXL"], indirect=True)

@@ -23,7 +23,7 @@ from concepts_pack.e4t.tune import SHARE
 from concepts_pack.host.clip_vision import Vision, from_open_clip
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.lora_names import diffusers_names
-from concepts_pack.host.pictures import vae_encode
+from concepts_pack.host.pictures import to_latents
 from concepts_pack.host.text import encode, rows
 from concepts_pack.host.unet_features import unet_features
 from concepts_pack.host.weight_offsets import ALL_PARTS, attention_matrices
@@ -348,7 +348,7 @@ def test_a_tuned_folder_becomes_a_concept(mine, whole_model, clip, calm_vae):
             assert (matrix.weight - expected[layer]).abs().max() < 1e-3 * expected[layer].abs().max()
         generator = torch.Generator().manual_seed(0)
         (square,) = squares(gather([pictures()]), 512)
-        latent = patched.model.process_latent_in(vae_encode(calm_vae, square.picture[None]))
+        latent = to_latents(patched, calm_vae, square.picture[None])
         times = ((torch.arange(16) + 0.5) / 16 * 1000).long()
         noise = torch.randn(16, *latent.shape[1:], generator=generator)
         with torch.no_grad():

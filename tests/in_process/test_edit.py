@@ -7,7 +7,6 @@ import pytest
 import torch
 from concepts_pack.perfusion.edit import (
     KIN,
-    change,
     components,
     dual_of,
     gate,
@@ -81,6 +80,11 @@ def orthonormal(vectors, metric):
 def left_over(world, c):
     """e⊥ = e - Σ_j c_j i_j."""
     return world.e - np.asarray(c) @ world.i
+
+
+def change(c, gates, inputs, outputs):
+    """Δh = Σ_j g_j o_j - c_j W i_j (equation 3)."""
+    return gates @ outputs - c @ inputs
 
 
 def inner(world, vectors):

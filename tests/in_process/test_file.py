@@ -214,6 +214,14 @@ def test_older_diffusers_names_of_both_encoders(tmp_path):
     assert load(path).words[0].vectors.keys() == {"clip_l", "clip_g"}
 
 
+def test_what_other_trainers_keep_beside_a_word_is_left_out_and_said(tmp_path, caplog):
+    """As OneTrainer does with what it learns behind the text encoders."""
+    kept = {"clip_l": torch.ones(1, 768), "clip_g": torch.ones(1, 1280), "clip_l_out": torch.ones(1, 768)}
+    save_file(kept, tmp_path / "x.safetensors")
+    assert load(tmp_path / "x.safetensors").words[0].vectors.keys() == {"clip_l", "clip_g"}
+    assert "x.safetensors also holds clip_l_out, which no prompt takes" in caplog.text
+
+
 def test_words_bundled_in_a_lora(tmp_path):
     lora = {"lora_unet_x.lora_up.weight": torch.ones(2, 2), "lora_unet_x.lora_down.weight": torch.ones(2, 2)}
     words = {"bundle_emb.cat.string_to_param.*": VECTORS, "bundle_emb.dog.clip_l": VECTORS + 1,

@@ -23,6 +23,7 @@ from concepts_pack.perfusion.linear import linear_dual
 from concepts_pack.perfusion.lora import to_bytes, to_lora
 from concepts_pack.textual_inversion import file as word_file
 from concepts_pack.textual_inversion.concept import Concept, Word
+from safetensors.torch import load_file
 
 from .conftest import DEVICE, HEADS, UNET, WIDTH, fill, make_model, make_other_clip
 from .test_edit import rank_one
@@ -234,6 +235,19 @@ def test_node_writes_what_loaders_list(model, clip, loras):
     metadata = json.loads(comfy.utils.safetensors_header(str(loras / "mine_2.safetensors")))["__metadata__"]
     assert json.loads(metadata["trained_words"]) == ["<mine>"] and json.loads(metadata["ssmd_cover_images"]) == ["aGk="]
     assert (metadata["modelspec.base_model"], metadata["ss_network_dim"]) == ("SD15", "1")
+
+
+def test_for_diffusers_the_word_lies_beside(model, clip, loras, tmp_path, monkeypatch):
+    """Which takes a file for a LoRA when every name in it says so."""
+    words = [str(tmp_path / "words")], {".safetensors"}
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", words)
+    made = made_for(model)
+    output = ConceptsExportLora.execute(model, clip, made, "mine", 1.0, False, bundle=False)
+    names = load_file(loras / "mine.safetensors").keys()
+    assert names and all("lora" in name for name in names)
+    (word,), (own,) = word_file.load(tmp_path / "words" / "mine.safetensors").words, made.words
+    assert word.placeholder == own.placeholder and all(map(torch.equal, word.vectors.values(), own.vectors.values()))
+    assert "its word as mine.safetensors in models/embeddings" in output.ui.as_dict()["text"][0]
 
 
 def test_node_hides_no_file_of_another_loras_folder(model, clip, loras, monkeypatch):

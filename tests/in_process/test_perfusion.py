@@ -593,6 +593,19 @@ def test_another_clip_skip_is_named(model, clip, edit, precision, said, monkeypa
         assert "<mine>" in message and "CLIP Set Last Layer" in message
 
 
+def test_a_model_that_predicts_something_else_is_named(model, clip, edit, precision, said, monkeypatch):
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    monkeypatch.setattr("concepts_pack.perfusion.use.precision_for", lambda edit, clip: precision)
+    word = Word("<mine>", "cat", {"clip_l": torch.ones(1, WIDTH)})
+    known = Concept((word,), edit, {**BASE, "modelspec.prediction_type": "epsilon"})
+    apply_concept(model, clip, known, 1.0)
+    assert said() == []
+    apply_concept(ModelSamplingDiscrete().patch(model, "v_prediction", False)[0], clip, known, 1.0)
+    (message,) = said()
+    assert "<mine> was learned on a model that predicts epsilon, and this one does not" in message
+
+
 def test_a_prompt_that_forgot_the_word_is_named(model, edit, precision, prompts, said):
     one = patched(model, edit, precision)
     sample(one, cond(prompts[0]), cond(prompts[1]))

@@ -13,7 +13,8 @@ import folder_paths
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from concepts_pack.host.pictures import vae_encode
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+from concepts_pack.host.pictures import to_latents
 from concepts_pack.host.progress import Cancelled
 from concepts_pack.textual_inversion import train
 from concepts_pack.textual_inversion.file import to_bytes
@@ -64,7 +65,9 @@ def test_other_settings_photos_or_weights_do_not_resume(model, clip, vae, photos
     cancel_at(3)
     learn_word(model, clip, vae, gather([photos]), recipe(), QUIET, KEEPING)
     comfy.utils.set_progress_bar_global_hook(None)
-    for other in ((model, photos, recipe(seed=6)), (model, photos.flip(0), recipe()), (model, photos, recipe(steps=6))):
+    velocity = ModelSamplingDiscrete().patch(model, "v_prediction", False)[0]
+    for other in ((model, photos, recipe(seed=6)), (model, photos.flip(0), recipe()), (model, photos, recipe(steps=6)),
+                  (velocity, photos, recipe())):
         base, pictures, settings = other
         fresh = learn_word(base, clip, vae, gather([pictures]), settings, QUIET)
         again = learn_word(base, clip, vae, gather([pictures]), settings, QUIET, KEEPING)
@@ -98,7 +101,7 @@ def test_photos_that_are_encoded_a_little_differently_resume(model, clip, vae, p
     cancel_at(3)
     learn_word(model, clip, vae, gather([photos]), recipe(), QUIET, KEEPING)
     comfy.utils.set_progress_bar_global_hook(None)
-    monkeypatch.setattr(train, "vae_encode", lambda *args: vae_encode(*args) * (1 + 1e-6))
+    monkeypatch.setattr(train, "to_latents", lambda *args: to_latents(*args) * (1 + 1e-6))
     learn_word(model, clip, vae, gather([photos]), recipe(), QUIET, KEEPING)
     assert not list(states.iterdir())
 

@@ -10,7 +10,7 @@ from concepts_pack.e4t.strangers import tell_strangers
 from concepts_pack.e4t.tune import SHARE, predict_each
 from concepts_pack.host.checkpoints import load_checkpoint
 from concepts_pack.host.copies import private_copies
-from concepts_pack.host.pictures import vae_encode
+from concepts_pack.host.pictures import to_latents
 from concepts_pack.host.text import encode
 from concepts_pack.microworld.domain import instance_photos
 from concepts_pack.microworld.host import CHECKPOINT, WEIGHTS
@@ -21,7 +21,7 @@ OTHERS = ("validation car", "validation teapot", "validation cat")
 
 def encoded(pictures):
     model, _, vae = load_checkpoint(CHECKPOINT)
-    return model.model.process_latent_in(vae_encode(vae, pictures))
+    return to_latents(model, vae, pictures)
 
 
 def teddies(*views):

@@ -201,13 +201,13 @@ def test_the_target_is_a_moving_average_per_step(method_of):
     torch.testing.assert_close(method.target_input, 0.9 * start + 0.1 * met, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("ablation", ["train_keys", "through_target"])
-def test_ablations(method_of, ablation):
+@pytest.mark.parametrize("learned", [True, False])
+def test_keys_are_learned_when_asked_for(method_of, learned):
     make, latents = method_of
-    method = make(own_masks=False, **{ablation: True})
+    method = make(own_masks=False, train_keys=learned)
     train(method, latents, Plan(steps=2, batch_size=2, seed=0, levels=1000), lambda losses: None)
     edit = method.learned_edit()
-    assert edit.keys.keys() == (edit.values.keys() if ablation == "train_keys" else set())
+    assert edit.keys.keys() == (edit.values.keys() if learned else set())
 
 
 def test_own_masks_are_weights_in_range(method_of):
