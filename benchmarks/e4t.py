@@ -28,13 +28,14 @@ from einops import rearrange
 from ..e4t import domain, tune
 from ..e4t.tune import TunedEdit, tuning_recipe
 from ..e4t.tune_whole import TunedWhole, whole_recipe
+from ..host.text import fingerprint_of
 from ..microworld.data import parallel, work
 from ..microworld.domain import DOMAINS, instance_photos
 from ..microworld.host import WEIGHTS
 from ..microworld.oracle import load, similarity
 from ..nodes import train_perfusion, train_textual_inversion
 from ..nodes.applying import applied
-from ..perfusion.covariance import encoder_fingerprint, precision
+from ..perfusion.covariance import precision
 from ..perfusion.train import EditMethod, EditRecipe
 from ..textual_inversion.concept import Concept
 from ..textual_inversion.train import Preview, Recipe, learn_word
@@ -63,7 +64,7 @@ def learners(base, kind: str, file: Path, seed: int) -> dict[str, tuple[Callable
     for layer in (*blind.encoder.words.values(), blind.encoder.values):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
-    metric, encoder = precision(base[1]), encoder_fingerprint(base[1])
+    metric, encoder = precision(base[1]), fingerprint_of(base[1])
 
     def tuned(start: domain.Domain, steps: int, given) -> Concept:
         still = {"learning_rate": 0.0, "value_rate": 0.0} if not steps else {}

@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from ..host.attention_maps import attention_to
-from ..host.text import encode, ready, rows, word_places
+from ..host.text import encode, fingerprint_of, ready, rows, word_places
 from ..microworld import captions
 from ..microworld.data import parallel, work
 from ..microworld.oracle import PAIR_WEIGHTS, embed, load, read
@@ -30,7 +30,7 @@ from ..microworld.world import CONCEPTS, concept_photos, super_category
 from ..nodes import train_textual_inversion
 from ..nodes.train_perfusion import PRESETS, pace_of
 from ..perfusion import apply, file
-from ..perfusion.covariance import encoder_fingerprint, precision
+from ..perfusion.covariance import precision
 from ..perfusion.edit import components
 from ..perfusion.global_keys import encode_with_global_keys
 from ..perfusion.train import EditMethod, EditRecipe
@@ -61,7 +61,7 @@ def learn(base, name: str, seed: int, photos: int = 4, masked: bool = True, **ch
     kind, clip = super_category(name), base[1]
     recipe = EditRecipe(**{"placeholder": "<mine>", "init_text": kind, "seed": seed, "momentum": MOMENTUM,
                            **pace_of("quick", clip, kind), **changes})
-    method = partial(EditMethod, precision(clip), encoder_fingerprint(clip))
+    method = partial(EditMethod, precision(clip), fingerprint_of(clip))
     given = gather([torch.from_numpy(pictures)], [torch.from_numpy(masks)] if masked else [])
     return learn_word(*base, given, recipe, Preview(every=0, steps=1), method_of=method).concept
 

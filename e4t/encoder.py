@@ -1,4 +1,4 @@
-"""The encoder of a domain (E4T, section 4.1): a picture and what the UNet makes of it, to a word and its values.
+"""The encoder of a domain (E4T, arXiv 2302.12228): a picture and what the UNet makes of it, to a word and its values.
 
 Pure torch. The paper's encoder hears the CLS token of every second CLIP layer; where a domain has no CLIP vision, a
 small convolutional stem of its own takes its place, with one vector for each of its levels.

@@ -1,4 +1,4 @@
-"""Weight offsets of a domain (E4T, section 4.2): W' = W ⊙ (1 + α Δ), pure maths on tensors.
+"""Weight offsets of a domain (E4T, arXiv 2302.12228): W' = W ⊙ (1 + α Δ), pure maths on tensors.
 
 Δ = left @ right has rank 3 at most, which is exactly what the published parametrisation can express.
 """

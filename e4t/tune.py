@@ -1,4 +1,5 @@
-"""A concept from one picture or a few: predicted by a domain's encoder, then learned on for a few steps (section 4.3).
+"""A concept from one picture or a few: predicted by a domain's encoder, then learned on for a few steps (E4T,
+arXiv 2302.12228).
 
 What is learned is the word and the values of a Perfusion edit, so the outcome is an ordinary Perfusion concept, which
 needs neither the encoder nor the offsets when it is used.

@@ -1,4 +1,4 @@
-"""Tuning as in the paper (E4T, section 4.3): word, encoder, offsets and the model itself, on one picture or a few.
+"""Tuning as in the paper (E4T, arXiv 2302.12228): word, encoder, offsets and the model itself, on one picture or a few.
 
 Of the model, low-rank differences of the attention matrices are learned in place of all weights, so that what is kept
 is a compact difference. The word is what the tuned encoder predicts in the mean, which spares the encoder in each step

@@ -44,7 +44,7 @@ class Vision:
     def layers(self, pictures: Tensor) -> Tensor:
         """The CLS token after every second layer, through the norm behind the last one: (b h w 3) in 0..1 -> (b l d).
 
-        The paper's features (E4T, section 4.1); the norm is that of its first public reimplementation.
+        The paper's features (E4T, arXiv 2302.12228); the norm is that of its first public reimplementation.
         """
         kept: list[Tensor] = []
         hooks = [layer.register_forward_hook(lambda module, inputs, output: kept.append(output[:, 0].clone()))

@@ -16,7 +16,7 @@ def unet_features(model: BaseModel, latents: Tensor, noise: Tensor, timesteps: T
                   pooled: Tensor | None) -> Tensor:
     """The spatial means of every input block's output and of the middle block's, side by side (b u), fp32.
 
-    E4T's encoder hears these of a pass under the empty prompt (section 4.1): `latents`, `noise` (b c h w) as in
+    E4T's encoder hears these of a pass under the empty prompt: `latents`, `noise` (b c h w) as in
     `denoising_error`, `timesteps` (b), `context` (1 n d) and `pooled` (1 p) of "". The upward half does not run.
     """
     unet, means = model.diffusion_model, []

@@ -5,7 +5,8 @@ from math import isfinite
 
 from comfy_api.latest import io
 
-from ..perfusion.covariance import corpus_name, encoder_fingerprint, precision
+from ..host.text import fingerprint_of
+from ..perfusion.covariance import corpus_name, precision
 from ..perfusion.train import EditMethod, EditRecipe
 from ..textual_inversion.train import learn_word
 from .training_inputs import (
@@ -96,7 +97,7 @@ class ConceptsTrainPerfusion(io.ComfyNode):
         def learn(one, photos, *how):
             recipe = read_recipe(one, chosen_pace(inputs["preset"], one, pace_of))
             metric = precision(one["clip"], one.get("corpus", ""))
-            method = partial(EditMethod, metric, encoder_fingerprint(one["clip"]))
+            method = partial(EditMethod, metric, fingerprint_of(one["clip"]))
             return recipe, learn_word(one["model"], one["clip"], one["vae"], photos, recipe, *how, method)
 
         return run(cls, inputs, learn)

@@ -11,7 +11,7 @@ from ..e4t.tune_whole import TunedWhole, whole_recipe
 from ..e4t.vision import vision_for
 from ..host.bases import base_name, other_prediction
 from ..host.text import fingerprint_of, widths
-from ..perfusion.covariance import encoder_fingerprint, precision
+from ..perfusion.covariance import precision
 from ..textual_inversion.train import learn_word
 from .sockets import Domain
 from .training_inputs import chosen_seed, how_to_run, outputs, run, stops, what_to_learn
@@ -75,7 +75,7 @@ class ConceptsTuneE4T(io.ComfyNode):
                 method = partial(TunedWhole, domain, photos, vision=vision)
             else:
                 recipe = tuning_recipe(domain, one["clip"], word, steps, seed)
-                method = partial(TunedEdit, domain, photos, precision(one["clip"]), encoder_fingerprint(one["clip"]),
+                method = partial(TunedEdit, domain, photos, precision(one["clip"]), fingerprint_of(one["clip"]),
                                  vision=vision)
             return recipe, learn_word(one["model"], one["clip"], one["vae"], photos, recipe, *how, method)
 

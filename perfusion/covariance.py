@@ -33,7 +33,7 @@ def precision(clip: CLIP, own_text: str = "") -> Tensor:
     clip-skip, and kept in the user folder. Raises ValueError when it cannot be inverted; Cancel leaves nothing behind.
     """
     texts = _lines(own_text) or own_captions()
-    digest = hashlib.sha256("\n".join((encoder_fingerprint(clip), *texts)).encode()).hexdigest()[:24]
+    digest = hashlib.sha256("\n".join((fingerprint_of(clip), *texts)).encode()).hexdigest()[:24]
     if digest not in _remembered:
         _remembered[digest] = precision_of(*_covariance(clip, texts, digest))
         for oldest in list(_remembered)[:-REMEMBERED]:
@@ -50,11 +50,6 @@ def corpus_name(own_text: str) -> str:
     """A digest of the lines of `own_text`, and '' for none."""
     lines = _lines(own_text)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] if lines else ""
-
-
-def encoder_fingerprint(clip: CLIP) -> str:
-    """A digest of the text encoder's weights without LoRAs, and of the layer that clip-skip takes."""
-    return fingerprint_of(clip)
 
 
 @torch.inference_mode(False)

@@ -1,4 +1,4 @@
-"""Global key locking (Perfusion, section 4.3): the whole prompt's keys are those of the super-category's prompt."""
+"""Global key locking (Perfusion): the whole prompt's keys are those of the super-category's prompt."""
 
 import torch
 

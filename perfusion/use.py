@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from ..host.bases import other_prediction
 from ..host.cross_attention import edits_on, hook_of, sizes, with_edits
 from ..host.sockets import CLIP, HookGroup, ModelPatcher
-from ..host.text import widths
+from ..host.text import fingerprint_of, widths
 from ..textual_inversion.apply import apply_words
 from ..textual_inversion.concept import Concept
 from .apply import Applied, applied, overrides
 from .concept import is_same
-from .covariance import encoder_fingerprint, precision_for
+from .covariance import precision_for
 from .file import check_encoder, check_fits
 
 log = logging.getLogger("concepts")
@@ -67,7 +67,7 @@ def _ready(
     check_fits(concept, sizes(model))
     check_encoder(concept, sum(widths(clip).values()))
     (word,) = concept.words
-    if concept.edit.encoder and concept.edit.encoder != encoder_fingerprint(clip):
+    if concept.edit.encoder and concept.edit.encoder != fingerprint_of(clip):
         log.warning("%s was learned with another text encoder than this one, or with another CLIP Set Last Layer in "
                     "front of where it is applied; it may look less like its photos.", word.placeholder)
     if learned := other_prediction(concept.metadata, model):

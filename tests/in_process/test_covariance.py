@@ -10,12 +10,12 @@ import pytest
 import torch
 from concepts_pack.host.clip_overlay import with_words
 from concepts_pack.host.progress import Cancelled
-from concepts_pack.host.text import encode, encode_batch, plain, widths
+from concepts_pack.host.text import encode, encode_batch, fingerprint_of, plain, widths
 from concepts_pack.microworld import captions as microworld
 from concepts_pack.microworld.scene import COLOURS, PATTERNS, RELATIONS
 from concepts_pack.microworld.shapes import CLASSES
 from concepts_pack.perfusion.corpus import captions
-from concepts_pack.perfusion.covariance import encoder_fingerprint, precision, precision_of, uncentred
+from concepts_pack.perfusion.covariance import precision, precision_of, uncentred
 from concepts_pack.textual_inversion.concept import Word
 from safetensors.torch import load_file, save, save_file
 
@@ -181,7 +181,7 @@ def test_texts_clip_skip_and_encoder_have_files_of_their_own(clip, folder):
     found = [precision(clip, OWN), precision(skipped, OWN), precision(other, OWN), precision(clip, "a cat\na dog")]
     assert len(list(folder.iterdir())) == 4
     assert not any(torch.allclose(one, two) for n, one in enumerate(found) for two in found[:n])
-    assert len({encoder_fingerprint(one) for one in (clip, skipped, other)}) == 3
+    assert len({fingerprint_of(one) for one in (clip, skipped, other)}) == 3
     expected, _ = reference(skipped, TEXTS)
     skipped_c = min((load_file(path)["covariance"] for path in folder.iterdir()), key=lambda c: (c - expected).norm())
     torch.testing.assert_close(skipped_c.double(), expected, rtol=1e-4, atol=1e-5)
@@ -189,12 +189,12 @@ def test_texts_clip_skip_and_encoder_have_files_of_their_own(clip, folder):
 
 def test_a_clip_skip_that_changes_nothing_changes_no_fingerprint(any_clip):
     """-1 is the last layer of SD1.x and SD2.x, whose norm the host applies; SDXL leaves that norm out."""
-    standard = encoder_fingerprint(any_clip)
+    standard = fingerprint_of(any_clip)
     for layer in (-1, -2, -99):
         skipped = any_clip.clone()
         skipped.clip_layer(layer)
         same = torch.equal(encode(skipped, "a cat")[0], encode(any_clip, "a cat")[0])
-        assert same == (encoder_fingerprint(skipped) == standard)
+        assert same == (fingerprint_of(skipped) == standard)
 
 
 def test_fingerprints_ignore_precision_and_what_encodings_do_not_depend_on(clip):
@@ -204,21 +204,21 @@ def test_fingerprints_ignore_precision_and_what_encodings_do_not_depend_on(clip)
         other = make_clip()
         other.cond_stage_model.clip_l.transformer.text_projection.weight.data.fill_(7)
         other.cond_stage_model.clip_l.logit_scale.data.fill_(7)
-        assert encoder_fingerprint(other) == encoder_fingerprint(clip)
+        assert fingerprint_of(other) == fingerprint_of(clip)
         other.cond_stage_model.half()
-        assert encoder_fingerprint(other) == encoder_fingerprint(clip)
+        assert fingerprint_of(other) == fingerprint_of(clip)
         other.cond_stage_model.clip_l.transformer.text_model.final_layer_norm.weight.data.add_(1)
-    assert encoder_fingerprint(other) != encoder_fingerprint(clip)
+    assert fingerprint_of(other) != fingerprint_of(clip)
 
 
 def test_a_lora_on_the_clip_changes_nothing_and_stays(clip, folder, batches, monkeypatch):
     """Also while its weights are the ones loaded."""
-    expected, fingerprint = precision(clip, OWN), encoder_fingerprint(clip)
+    expected, fingerprint = precision(clip, OWN), fingerprint_of(clip)
     tuned = with_lora(clip)
     before = tuned.encode_from_tokens(tuned.tokenize("a cat"))
     assert not torch.equal(before, encode_of(clip, "a cat"))
     tuned.encode_from_tokens(tuned.tokenize("a cat"))
-    assert encoder_fingerprint(tuned) == encoder_fingerprint(clip) == fingerprint
+    assert fingerprint_of(tuned) == fingerprint_of(clip) == fingerprint
     measured = len(batches)
     assert precision(tuned, OWN) is expected and len(batches) == measured
     forget(monkeypatch)

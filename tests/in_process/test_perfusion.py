@@ -9,9 +9,9 @@ import comfy.sample
 import pytest
 import torch
 from concepts_pack.host.cross_attention import cross_attentions, overridden, sizes, with_edits
+from concepts_pack.host.text import fingerprint_of
 from concepts_pack.perfusion.apply import applied, overrides
 from concepts_pack.perfusion.concept import Edit
-from concepts_pack.perfusion.covariance import encoder_fingerprint
 from concepts_pack.perfusion.inspection import gates
 from concepts_pack.perfusion.use import apply_concept, concept_hook
 from concepts_pack.textual_inversion.concept import Concept, Word
@@ -584,7 +584,7 @@ def test_another_clip_skip_is_named(model, clip, edit, precision, said, monkeypa
     monkeypatch.setattr("concepts_pack.perfusion.use.precision_for", lambda edit, clip: precision)
     word, skipped = Word("<mine>", "cat", {"clip_l": torch.ones(1, WIDTH)}), clip.clone()
     skipped.clip_layer(-2)
-    known = Concept((word,), replace(edit, encoder=encoder_fingerprint(clip)), BASE)
+    known = Concept((word,), replace(edit, encoder=fingerprint_of(clip)), BASE)
     for use in (apply_concept, concept_hook):
         use(model, clip, known, 1.0)
         assert said() == []
