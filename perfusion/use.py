@@ -73,8 +73,9 @@ def _ready(
     if learned := other_prediction(concept.metadata, model):
         log.warning("%s was learned on a model that predicts %s, and this one does not; it will hardly look like its "
                     "photos.", word.placeholder, learned)
-    edit = applied(concept.edit, precision_for(concept.edit, clip), word.placeholder, strength=strength, **settings)
-    if edit.start >= edit.end:
-        raise ValueError(f"{word.placeholder} would never act: its start ({edit.start:.2f}) is not before its end "
-                         f"({edit.end:.2f}); set the start lower or the end higher.")
-    return taught, edit
+    start, end = settings.get("start", 0.0), settings.get("end", 1.0)
+    if start >= end:
+        raise ValueError(f"{word.placeholder} would never act: its start ({start:.2f}) is not before its end "
+                         f"({end:.2f}); set the start lower or the end higher.")
+    return taught, applied(concept.edit, precision_for(concept.edit, clip), word.placeholder, strength=strength,
+                           **settings)

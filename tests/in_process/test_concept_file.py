@@ -42,6 +42,8 @@ from concepts_pack.textual_inversion.templates import BY_KIND
 from concepts_pack.textual_inversion.train import record
 from safetensors.torch import save_file
 
+from .test_nodes import run
+
 SD15 = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2, 2],
     "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
@@ -548,3 +550,24 @@ def test_the_folder_is_registered_once_and_behind_the_users_own(tmp_path, monkey
     paths, endings = folder_paths.folder_names_and_paths["concepts"]
     assert len(paths) == 2 and endings == {".safetensors"}
     assert folders.concepts_folder() == tmp_path / "own"
+
+
+def test_layout_and_overwrite_reach_the_file(models):
+    word = Concept(concept().words)
+    assert run("ConceptsSave", concept=word, name="a", overwrite=False, layout="A1111 (.pt)").result == ("embedding:a",)
+    assert (models / "embeddings" / "a.pt").is_file()
+    for made in (word, concept()):
+        for overwrite in (False, True, False):
+            run("ConceptsSave", concept=made, name="b", overwrite=overwrite)
+    for kind in ("embeddings", "concepts"):
+        assert {path.name for path in (models / kind).iterdir()} >= {"b.safetensors", "b_2.safetensors"}
+        assert not (models / kind / "b_3.safetensors").exists()
+
+
+def test_a_bundle_replaces_only_where_asked(tmp_path, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    folder_paths.filename_list_cache.pop("loras", None)
+    save_file({"x.lora_up.weight": torch.ones(2, 2)}, tmp_path / "style.safetensors")
+    names = [run("ConceptsBundle", concept=Concept(concept().words), lora="style.safetensors", name="both",
+                 overwrite=overwrite).result[0] for overwrite in (False, True, False)]
+    assert names == ["both.safetensors", "both.safetensors", "both_2.safetensors"]

@@ -15,7 +15,7 @@ from concepts_pack.microworld import captions as microworld
 from concepts_pack.microworld.scene import COLOURS, PATTERNS, RELATIONS
 from concepts_pack.microworld.shapes import CLASSES
 from concepts_pack.perfusion.corpus import captions
-from concepts_pack.perfusion.covariance import precision, precision_of, uncentred
+from concepts_pack.perfusion.covariance import corpus_name, precision, precision_of, uncentred
 from concepts_pack.textual_inversion.concept import Word
 from safetensors.torch import load_file, save, save_file
 
@@ -284,3 +284,9 @@ def test_progress_counts_captions_and_cancel_leaves_nothing(clip, folder, batche
     monkeypatch.setattr("comfy.utils.PROGRESS_BAR_HOOK", lambda value, total, *_, **__: seen.append((value, total)))
     precision(clip, OWN)
     assert seen[-1] == (len(TEXTS), len(TEXTS))
+
+
+def test_each_corpus_has_a_name_of_its_own():
+    """By which a stopped training knows its own states."""
+    assert corpus_name(" a cat\n\n a dog ") == corpus_name("a cat\na dog") != corpus_name("a cat\na bird")
+    assert corpus_name(" \n") == ""

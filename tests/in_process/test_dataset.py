@@ -135,3 +135,10 @@ def test_weights_decide_what_counts():
 ])
 def test_where_the_word_goes_in_a_caption(caption, sentence):
     assert sentence_of(caption, "<mine>", "cat") == sentence
+
+
+def test_crops_are_three_quarters_or_more():
+    ramp = torch.linspace(0, 1, 512).expand(512, -1)[None, ..., None].expand(-1, -1, -1, 3)
+    first, *crops = squares(gather([ramp]), 64, crops=16)
+    shares = [(crop.picture[0, -1, 0] - crop.picture[0, 0, 0]).item() for crop in crops]
+    assert 0.72 < min(shares) < 0.85 and max(shares) < 1.01 and len(set(shares)) == 16

@@ -48,3 +48,10 @@ def test_all_levels_are_equally_likely():
 def test_all_views_are_used():
     firsts = {draw(LATENTS, 10, 1, 0, step).latents.flatten()[0].item() for step in range(60)}
     assert firsts == set(LATENTS[:, :, 0, 0, 0].flatten().tolist())
+
+
+def test_everything_random_depends_on_the_seed():
+    latents = torch.zeros(1, 9, 4, 8, 8)
+    one, other = (draw(latents, 1000, 4, seed, 0) for seed in (7, 8))
+    assert not any(torch.equal(getattr(one, name), getattr(other, name)) for name in ("noise", "timesteps", "views"))
+    assert one.lot != other.lot

@@ -107,3 +107,10 @@ def test_numbers_that_half_precision_cannot_hold_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="not finite"):
         save(made, tmp_path, "teddy")
     assert not list(tmp_path.iterdir())
+
+
+def test_domains_that_differ_in_anything_have_other_digests():
+    made = domain()
+    changes = {"word": "cat"}, {"scale": 0.25}, {"vision": "eye"}, {"offsets": {}}
+    others = [replace(made, **change) for change in changes]
+    assert len({digest(each) for each in (made, *others)}) == 5 and digest(domain()) == digest(made)

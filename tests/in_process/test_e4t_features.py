@@ -128,3 +128,16 @@ def test_every_part_of_the_encoder_learns(stem):
     # a shift of all places' attention alike changes nothing
     assert still == [name for name in still if name.startswith("stem.looks") and name.endswith("bias")]
     assert not torch.allclose(said.words["clip_l"][0], said.words["clip_l"][1])
+
+
+def test_an_encoder_says_what_it_said_when_it_was_saved():
+    """A file of an earlier version of the pack means the same."""
+    encoder = Encoder(Shape((8, 16), 12, {"clip_l": 4}, {"a": 3}, side=32, width=16, code=8))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in encoder.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    pictures = torch.linspace(0, 1, 32 * 32 * 3).view(1, 32, 32, 3)
+    with torch.no_grad():
+        said = encoder(encoder.image_part(pictures), torch.linspace(-1, 1, 12)[None])
+    torch.testing.assert_close(torch.cat([said.words["clip_l"][0], said.values["a"][0]]), torch.tensor(
+        [0.6713, 0.5145, -0.7802, -1.0548, 0.9521, 0.9778, -0.5922]), rtol=1e-3, atol=1e-3)

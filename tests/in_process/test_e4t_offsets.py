@@ -5,6 +5,8 @@ import comfy.sample
 import pytest
 import torch
 from concepts_pack.e4t.difference import LowRank, changed_weight
+from concepts_pack.e4t.domain import Domain
+from concepts_pack.e4t.encoder import Encoder, Shape
 from concepts_pack.e4t.offsets import RANK, Offset, new_offsets, offset_weight, penalty
 from concepts_pack.host.copies import private_copies, unload
 from concepts_pack.host.cross_attention import overridden
@@ -13,6 +15,7 @@ from concepts_pack.host.objective import denoising_error
 from concepts_pack.host.weight_offsets import attention_matrices, matrix_shapes, offset_layers, with_offsets
 
 from .conftest import WIDTH
+from .test_nodes import run
 
 
 def random_offsets(model, size=0.5):
@@ -151,3 +154,16 @@ def test_training_computes_what_the_patch_gives(model, clip):
     torch.testing.assert_close(found.detach(), expected, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(found.detach(), plain)
     assert all(bool(offset.left.grad.any()) for offset in leaves.values())
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.5])
+def test_offsets_of_a_domain_act_at_their_strength(model, strength):
+    encoder = Encoder(Shape((8, 16), 4, {"clip_l": 4}, {"layer": 4}, side=32))
+    known = Domain("cat", "SD15", encoder, random_offsets(model))
+    before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
+    with torch.inference_mode():
+        (patched,) = run("ConceptsApplyDomain", model=model, domain=known, strength=strength).result
+        found = weights_with(patched)
+    for layer, offset in known.offsets.items():
+        name = f"diffusion_model.{layer}.weight"
+        torch.testing.assert_close(found[name], before[name] * (1 + strength * (offset.left @ offset.right)))

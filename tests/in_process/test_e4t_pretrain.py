@@ -15,27 +15,32 @@ import concepts_pack.e4t.pretrain
 import folder_paths
 import pytest
 import torch
-from concepts_pack.e4t.domain import load, save
+from concepts_pack.e4t import method as method_module
+from concepts_pack.e4t.domain import digest, load, save
 from concepts_pack.e4t.encoder import Encoder, Shape
 from concepts_pack.e4t.method import PLACEHOLDER, SENTENCES, Predictor, Together
-from concepts_pack.e4t.offsets import new_offsets
-from concepts_pack.e4t.pretrain import Keeping, Learner, Workers, is_edited, parser, pretrain, run, shape_of
+from concepts_pack.e4t.offsets import Offset, new_offsets, penalty
+from concepts_pack.e4t.pretrain import Keeping, Learner, Workers, _run, is_edited, parser, pretrain, run, shape_of
+from concepts_pack.e4t.pretrain import run as command
 from concepts_pack.e4t.recognition import recognise
 from concepts_pack.e4t.samples import Samples, draw_pair, later, read_samples
-from concepts_pack.e4t.validation import STEPS, Look
+from concepts_pack.e4t.validation import STEPS, Look, errors, pictures
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.cross_attention import cross_attentions
 from concepts_pack.host.pictures import sample_picture
 from concepts_pack.host.progress import Cancelled
 from concepts_pack.host.text import encode as encode_text
+from concepts_pack.host.text import fingerprint_of
 from concepts_pack.host.weight_offsets import attention_matrices
 from concepts_pack.perfusion.apply import Applied, Call
 from concepts_pack.perfusion.concept import Edit
 from concepts_pack.textual_inversion.templates import fill
+from concepts_pack.training.dataset import weighted_mean
 from PIL import Image
 
 from . import ranks
-from .conftest import WIDTH
+from .conftest import WIDTH, Told, told
+from .test_e4t_domain import domain as toy_domain
 
 METRIC = torch.eye(WIDTH)
 RECIPE, SAMPLES = ranks.RECIPE, ranks.samples()
@@ -536,3 +541,161 @@ def test_single_subjects_and_single_views_teach_a_stem_nothing(part):
     before = encoder.levels[0].weight.clone()
     recognise(encoder, Samples(pictures, SAMPLES.latents, SAMPLES.weights), 3, 0)
     assert torch.equal(encoder.levels[0].weight, before)
+
+
+def test_the_regulariser_holds_the_offsets_too(model, clip):
+    with learner_of(model, clip) as learner, torch.no_grad():
+        for offset in learner.offsets.values():
+            offset.left.normal_(std=0.3)
+        pair = draw_pair(SAMPLES, 1000, 2, 0, 0)
+        said = learner.predictor.predict(pair.pictures, pair.latents, pair.noise, pair.timesteps)
+        with_it, without = (learner.predictor.loss(pair, False, weight) for weight in (100.0, 0.0))
+        size = said.words["clip_l"].square().mean(1) + penalty(learner.offsets)
+    torch.testing.assert_close(with_it - without, 100 * size, rtol=1e-3, atol=1e-3)
+
+
+def test_the_scale_is_that_of_words_and_their_size(model, clip):
+    with learner_of(model, clip, scale=0.5) as learner, torch.no_grad():
+        predictor, pair = learner.predictor, draw_pair(SAMPLES, 1000, 2, 0, 0)
+        said = predictor.predict(pair.pictures, pair.latents, pair.noise, pair.timesteps)
+        offset = predictor.words(said)["clip_l"][:, 0] - predictor.rows["clip_l"]
+        torch.testing.assert_close(offset, 0.5 * predictor.units["clip_l"] * said.words["clip_l"], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(predictor.size(said), 0.25 * said.words["clip_l"].square().mean(1))
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_masks_and_sentences_of_each_sample_count(model, clip, monkeypatch, edited):
+    heard, encode_words = [], method_module.encode_words
+    error = torch.rand(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(method_module, "denoising_error", lambda *given: error)
+    monkeypatch.setattr(method_module, "encode_words",
+                        lambda clip, texts, words: heard.extend(texts) or encode_words(clip, texts, words))
+    with learner_of(model, clip) as learner, torch.no_grad():
+        pair = replace(draw_pair(SAMPLES, 1000, 4, 0, 0), weights=torch.rand(4, 1, 8, 8))
+        loss = learner.predictor.loss(pair, edited, 0.0)
+    torch.testing.assert_close(loss, weighted_mean(error, pair.weights))
+    assert heard == [fill(SENTENCES[lot % len(SENTENCES)], PLACEHOLDER) for lot in pair.lots] and len(set(heard)) == 4
+
+
+def test_rates_rise_over_the_warmup_and_fall_along_a_half_cosine(model, clip):
+    with learner_of(model, clip, warmup=3, rate=1e-3, offset_rate=2e-3, stem=0.1) as learner:
+        for number, done, share in ((0, 0.0, 0.25), (2, 0.0, 0.75), (3, 0.0, 1.0), (9, 0.5, 0.5), (9, 1.0, 0.0)):
+            learner.step([draw_pair(SAMPLES, 1000, 4, 0, number)], number, done, Workers(), bf16=False)
+            rates = [group["lr"] for group in learner.optimiser.param_groups]
+            assert rates == pytest.approx([share * peak for peak in (1e-4, 1e-3, 2e-3, 0.0)])
+
+
+def test_large_gradients_are_cut(model, clip):
+    with learner_of(model, clip) as learner:
+        hooks = [parameter.register_hook(lambda gradient: 1e4 * gradient) for parameter in learner.trained]
+        steps(learner, 1)
+        norm = torch.cat([p.grad.flatten() for p in learner.trained if p.grad is not None]).norm()
+        for hook in hooks:
+            hook.remove()
+    assert norm.item() == pytest.approx(1, rel=1e-3)
+
+
+def test_another_pretraining_has_other_states(model, clip, tmp_path):
+    start = pretrain(model, clip, SAMPLES, replace(RECIPE, steps=1), Keeping(tmp_path), METRIC)
+    given = RECIPE, SAMPLES, "weights", None
+    names = [_run(*given), *(_run(replace(RECIPE, **{name: value}), *given[1:]) for name, value in (
+        ("rate", 0.5), ("regulariser", 0.5), ("seed", 9), ("batch_size", 2), ("edited", 0.1), ("offsets", False)))]
+    names += [_run(RECIPE, replace(SAMPLES, source="other"), "weights", None), _run(RECIPE, SAMPLES, "others", None),
+              _run(RECIPE, SAMPLES, "weights", start)]
+    assert len(set(names)) == len(names)
+    assert _run(replace(RECIPE, steps=99, minutes=9.0), *given[1:]) == names[0]
+
+
+def test_held_out_subjects_are_not_learned_from(model, clip, tmp_path, monkeypatch):
+    drawn, validated = [], []
+    monkeypatch.setattr(concepts_pack.e4t.pretrain, "draw_pair",
+                        lambda samples, *given: drawn.append(samples) or draw_pair(samples, *given))
+    monkeypatch.setattr(concepts_pack.e4t.pretrain, "errors",
+                        lambda predictor, encoder, offsets, held, times: validated.append(held))
+    samples = ranks.samples(20)
+    pretrain(model, clip, samples, replace(RECIPE, steps=1, recognition=0), Keeping(tmp_path), METRIC)
+    assert all(torch.equal(each.latents, samples.latents[:18]) for each in drawn) and drawn
+    assert torch.equal(validated[0].latents, samples.latents[18:])
+
+
+def test_what_is_outside_a_mask_counts_little(tmp_path):
+    folder = folder_of(tmp_path, "a.png", "b.png")
+    mask = Image.new("L", (64, 48))
+    mask.paste(255, (0, 0, 24, 48))
+    mask.save(folder / "a.mask.png")
+    weights = ranks.in_memory(read(folder, tmp_path, views=1)).weights[:, 0, 0].float()
+    assert weights[0, :, :3].min() > 0.95 and weights[0, :, -3:].max() == pytest.approx(0.1, abs=1e-2)
+    assert (weights[1] == 1).all()
+
+
+def test_noisy_levels_come_more_often():
+    even, moved = (draw_pair(SAMPLES, 1000, 4, 0, 3, times=times).batch.timesteps for times in (1.0, 0.5))
+    assert torch.equal(moved, later(even, 1000, 0.5)) and not torch.equal(moved, even)
+
+
+def test_errors_are_told_by_their_names(model, clip):
+    with learner_of(model, clip) as learner, torch.no_grad():
+        for offset in learner.offsets.values():
+            offset.left.normal_(std=0.3)
+        said = errors(learner.predictor, learner.encoder, learner.offsets, SAMPLES, 1.0)
+
+        def mean(encoder, offsets, edited):
+            with learner.predictor.acting(encoder, offsets):
+                return torch.cat([learner.predictor.loss(draw_pair(SAMPLES, 1000, 16, 1, number), edited, 0.0)
+                                  for number in range(8)]).mean().item()
+
+        found = [mean(learner.encoder, learner.offsets, False), mean(learner.encoder, learner.offsets, True),
+                 mean(Encoder(learner.encoder.shape), {}, False)]
+    assert said == ("error {:.4f} by word and offsets, {:.4f} by word and values, {:.4f} by the class "
+                    "word").format(*found)
+
+
+def test_pictures_are_drawn_with_the_offsets(model, clip, calm_vae):
+    look, drawn = Look(calm_vae, lambda *given: None, 3.0), []
+    with private_copies(model, clip) as (unet, text):
+        learner = Learner(unet, text, RECIPE, METRIC, SAMPLES, None)
+        with learner.predictor.installed:
+            for strength in (0.0, 0.5):
+                offsets = {name: Offset(torch.full_like(o.left, strength), o.right.detach())
+                           for name, o in learner.offsets.items()}
+                drawn.append(pictures(learner.predictor, unet, text, look, learner.encoder, offsets, SAMPLES, 0))
+    assert torch.equal(drawn[0][:64], drawn[1][:64]) and not torch.equal(drawn[0][64:], drawn[1][64:])
+
+
+def test_each_setting_is_read_anew(tmp_path):
+    folder = folder_of(tmp_path, "a.png", "b.png")
+    given = [folder, 2, 64, 32, False, 0.1, 0, encode, "vae", tmp_path / "work"]
+    sources = [read_samples(*given).source]
+    for place, value in ((1, 3), (2, 128), (3, 48), (4, True), (5, 0.5), (6, 1), (8, "other")):
+        sources.append(read_samples(*given[:place], value, *given[place + 1:]).source)
+    assert len(set(sources)) == len(sources) == 8 and read_samples(*given).source == sources[0]
+
+
+def test_options_reach_the_pretraining(model, clip, calm_vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setattr(concepts_pack.e4t.pretrain, "precision", lambda clip: torch.eye(WIDTH))
+    monkeypatch.setattr(concepts_pack.e4t.pretrain, "pretrain", lambda *given, **more: told(given, more))
+    start = save(toy_domain(), tmp_path, "start")
+    given = {"folder": folder_of(tmp_path, "a.png", "b.png"), "checkpoint": "toy", "word": "cat", "steps": 2,
+             "batch-size": 2, "resolution": 64, "side": 32, "output": tmp_path / "made", "work": tmp_path / "work",
+             "start": start, "accumulation": 2, "preview-cfg": 3.5, "rate": 0.5}
+    with pytest.raises(Told) as heard:
+        options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+        command(parser().parse_args(["--no-offsets", "--fp32", *options]), (model, clip, calm_vae))
+    positional, more = heard.value.args
+    settings, bf16 = positional[3], positional[8]
+    assert (settings.offsets, settings.rate, settings.steps, bf16) == (False, 0.5, 2, False)
+    assert digest(more["start"]) == digest(toy_domain()) and more["accumulation"] == 2 and more["look"].cfg == 3.5
+
+
+def test_a_domain_knows_the_text_encoder_it_was_learned_on(model, clip, tmp_path):
+    made = pretrain(model, clip, SAMPLES, replace(RECIPE, steps=1, recognition=0), Keeping(tmp_path), METRIC)
+    assert made.text == fingerprint_of(clip) and made.model
+
+
+def test_what_is_kept_is_the_moving_average(model, clip):
+    with learner_of(model, clip) as learner:
+        steps(learner, 2)
+        encoder, offsets = learner.averaged()
+        found = [*encoder.parameters(), *(factor for o in offsets.values() for factor in (o.left, o.right))]
+        assert all(map(torch.equal, found, learner.mean)) and not all(map(torch.equal, found, learner.trained))

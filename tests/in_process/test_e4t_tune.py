@@ -11,7 +11,8 @@ import folder_paths
 import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from concepts_pack.e4t import difference_file
+from concepts_pack.e4t import difference_file, tune_whole
+from concepts_pack.e4t.difference import scaled
 from concepts_pack.e4t.domain import Domain
 from concepts_pack.e4t.encoder import Encoder
 from concepts_pack.e4t.method import Predictor
@@ -35,9 +36,11 @@ from concepts_pack.training.draws import draw
 from safetensors.torch import load as load_tensors
 
 from . import ranks
-from .conftest import WIDTH
+from .conftest import WIDTH, Told, told
 from .test_memory import grown
+from .test_nodes import run
 from .test_stored_weights import FP8, stored_as
+from .test_widgets import inputs_of
 
 METRIC = torch.eye(WIDTH)
 QUIET = Preview(every=0, steps=1)
@@ -372,3 +375,86 @@ def test_samples_behind_a_compiled_model_show_what_is_learned(model, clip, vae, 
     method, recipe = learner(domain, clip, photos, whole=True)
     sheets = [learn_word(each, clip, vae, photos, recipe, QUIET, method_of=method).sheet for each in (model, compiled)]
     assert sheets[0].tobytes() == sheets[1].tobytes()
+
+
+@pytest.fixture
+def toy_photos():
+    return gather([torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(4))])
+
+
+@pytest.mark.parametrize("tune", [edited, whole])
+def test_pictures_of_other_things_are_told(domain, model, clip, vae, tune, monkeypatch, tmp_path):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    told = []
+    monkeypatch.setattr(f"concepts_pack.e4t.{'tune' if tune is edited else 'tune_whole'}.tell_strangers",
+                        lambda predictor, latents, words, seed: told.append((len(latents), len(words))))
+    tune(domain, gather([torch.rand(2, 64, 64, 3)]), model, clip, vae, 0)
+    assert told == [(2, 2)]
+
+
+def test_the_whole_is_held_near_the_class_word(domain, toy_photos, model, clip, monkeypatch):
+    latents = torch.randn(1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with private_copies(model, clip) as (unet, text), torch.no_grad():
+        method = TunedWhole(domain, toy_photos, unet, text, whole_recipe(domain, "<mine>", 5, 5, own_masks=False),
+                            Lessons(latents, None, ("",)))
+        batch, found = draw(latents, 1000, 1, 0, 0), []
+        for weight in (0.0, 100.0):
+            monkeypatch.setattr(tune_whole, "REGULARISER", weight)
+            found.append(method.loss(batch))
+        moved = replace(batch, timesteps=later(batch.timesteps, 1000, Encoder.times))
+        method.acting = False
+        size = method.predictor.size(method.predictor.predict(method.seen, moved.latents, moved.noise, moved.timesteps))
+        method.installed.close()
+    torch.testing.assert_close(found[1] - found[0], 100 * size, rtol=1e-3, atol=1e-2)
+
+
+def test_the_encoder_is_tuned_more_gently_than_the_factors(domain, toy_photos, model, clip):
+    with private_copies(model, clip) as (unet, text):
+        method = TunedWhole(domain, toy_photos, unet, text, whole_recipe(domain, "<mine>", 5, 5, own_masks=False),
+                            Lessons(torch.zeros(1, 1, 4, 8, 8), None, ("",)))
+        encoder, factors, *_ = (group["lr"] for group in method.parameters())
+        method.installed.close()
+    assert (encoder, factors) == (pytest.approx(Encoder.tuning_rate * 5e-4), 5e-4)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_a_prediction_is_as_large_as_the_domain_says(domain, toy_photos, model, clip, scale):
+    latents = torch.zeros(1, 1, 4, 8, 8)
+    with private_copies(model, clip) as (unet, text):
+        recipe = tuning_recipe(domain, text, "<mine>", 5, 5, own_masks=False)
+        starts = []
+        for known in (domain, replace(domain, scale=scale)):
+            method = TunedEdit(known, toy_photos, METRIC, "toy", unet, text, recipe, Lessons(latents, None, ("",)))
+            starts.append(method.word().vectors["clip_l"] - rows(clip, "cat")["clip_l"])
+            method.installed.close()
+    torch.testing.assert_close(starts[1], scale * starts[0], rtol=1e-4, atol=1e-5)
+
+
+def test_samples_of_the_whole_are_drawn_with_its_difference(domain, model, clip, vae, monkeypatch, tmp_path):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    heard, sample = [], concepts_pack.textual_inversion.train.sample_picture
+    monkeypatch.setattr(concepts_pack.textual_inversion.train, "sample_picture",
+                        lambda model, *given: heard.append(len(model.patches)) or sample(model, *given))
+    made = whole(domain, gather([torch.rand(1, 64, 64, 3)]), model, clip, vae, 1)
+    assert len(heard) == 2 and set(heard) == {len(made.edit.added)}
+
+
+def test_an_earlier_concept_is_refused_again_too(domain, photos, model, clip, vae):
+    one = whole(domain, photos, model, clip, vae, 0)
+    two = replace(one, words=(replace(one.words[0], placeholder="<two>"),), edit=scaled(one.edit, 0.5))
+    tuned, taught = apply_tuned(*apply_tuned(model, clip, one, 0.5), two, 0.5)
+    with pytest.raises(ValueError, match="^<mine> is already on this model;"):
+        apply_tuned(tuned, taught, one, 0.5)
+
+
+@pytest.mark.parametrize(("result", "kind"), [("concept", TunedEdit), ("tuned model", TunedWhole)])
+def test_every_widget_reaches_a_tuning(domain, model, clip, vae, monkeypatch, result, kind):
+    monkeypatch.setattr("concepts_pack.nodes.tune_e4t.learn_word", told)
+    monkeypatch.setattr("concepts_pack.nodes.tune_e4t.precision", lambda clip: torch.eye(WIDTH))
+    with pytest.raises(Told) as heard:
+        run("ConceptsTuneE4T", **inputs_of(
+            "ConceptsTuneE4T", domain=domain, model=model, clip=clip, vae=vae, images=torch.rand(1, 64, 64, 3),
+            placeholder=" <two> ", steps=7, seed=3, result=result))
+    recipe, method = heard.value.args[4], heard.value.args[-1]
+    assert (recipe.placeholder, recipe.init_text, recipe.steps, recipe.seed) == ("<two>", "cat", 7, 3)
+    assert method.func is kind

@@ -13,9 +13,12 @@ import pytest
 import torch
 from comfy_api.latest import io
 from concepts_pack.host.folders import input_subfolders
+from concepts_pack.nodes.train_perfusion import read_recipe
 from concepts_pack.textual_inversion.concept import Concept, Word
 from PIL import Image
 from safetensors.torch import save_file
+
+from .conftest import WIDTH
 
 OWN = "own settings"
 ROOT = Path(__file__).resolve().parents[2]
@@ -318,3 +321,48 @@ def test_example_workflow_fits_the_nodes(path):
         for other, other_size in boxes[number + 1:]:
             apart = [pos[i] + size[i] <= other[i] or other[i] + other_size[i] <= pos[i] for i in (0, 1)]
             assert any(apart), (pos, other)
+
+
+def test_a_domain_that_was_pretrained_again_is_read_anew(tmp_path, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "e4t", ([str(tmp_path)], {".safetensors"}))
+    (tmp_path / "cat.safetensors").touch()
+    node = NODES["ConceptsLoadDomain"]
+    before = node.fingerprint_inputs(name="cat.safetensors")
+    assert node.fingerprint_inputs(name="cat.safetensors") == before
+    os.utime(tmp_path / "cat.safetensors", (1, 1))
+    assert node.fingerprint_inputs(name="cat.safetensors") != before
+
+
+def test_a_lora_that_was_written_anew_is_read_anew(tmp_path, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    folder_paths.filename_list_cache.pop("loras", None)
+    (tmp_path / "cat.safetensors").touch()
+    node = NODES["ConceptsLoadLoraWords"]
+    before = node.fingerprint_inputs(name="cat.safetensors")
+    os.utime(tmp_path / "cat.safetensors", (1, 1))
+    assert node.fingerprint_inputs(name="cat.safetensors") != before
+
+
+def test_masks_of_a_folder_are_given_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path))
+    (tmp_path / "cats").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (64, 48)).save(tmp_path / "cats" / name)
+    Image.linear_gradient("L").resize((64, 48)).save(tmp_path / "cats" / "b.mask.png")
+    output = NODES["ConceptsLoadPhotos"].execute(folder="cats")
+    first, second = output.result[1]
+    assert (first == 1).all() and second.shape == (1, 48, 64) and second[0, 0].max() < 0.1 < 0.9 < second[0, -1].min()
+    assert output.ui.as_dict()["text"] == ("2 photos, 1 with a mask, 0 with a caption",)
+
+
+def test_a_long_word_is_told(clip):
+    for scale, share in ((1e3, "100%"), (1e-6, "0%")):
+        word = Word("<mine>", "cat", {"clip_l": torch.full((1, WIDTH), scale)})
+        page, _ = run("ConceptsInspect", concept=Concept((word,)), clip=clip).result
+        assert f"{share} are shorter" in page
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_value_rate_that_cannot_be_is_one_sentence(rate):
+    with pytest.raises(ValueError, match=r"^The value rate must be a number above 0, such as 0.03; it is .*\.$"):
+        read_recipe({}, {"value_rate": rate})

@@ -5,12 +5,13 @@ import torch
 from comfy.sdxl_clip import SDXLTokenizer
 from concepts_pack.host.clip_overlay import with_words, words_in
 from concepts_pack.host.copies import private_copies
-from concepts_pack.host.text import encode, is_ordinary_word, rows, vocabulary, widths, written_words
+from concepts_pack.host.text import encode, encode_all, is_ordinary_word, rows, vocabulary, widths, written_words
 from concepts_pack.textual_inversion.apply import apply_words
 from concepts_pack.textual_inversion.concept import Concept, Word
 from safetensors.torch import save_file
 
 from .conftest import WIDTH, make_other_clip
+from .test_perfusion import generator
 
 
 def word(placeholder, count=1, seed=0, width=32, encoder="clip_l", class_word="cat"):
@@ -209,3 +210,18 @@ def test_tokens_are_shown_in_the_letters_that_were_written(clip):
     assert (start, words, end) == ("<|startoftext|>", ["a", "café", ",", "z", "wx"], "<|endoftext|>")
     names, table = vocabulary(clip, "clip_l")
     assert torch.equal(table[names.index("café")], rows(clip, "café")["clip_l"][0])
+
+
+def test_a_word_without_a_class_word_is_scaled_from_nothing(clip):
+    vectors = torch.randn(2, WIDTH, generator=generator(7))
+    half = apply_words(clip, Concept((Word("<one>", "", {"clip_l": vectors}),)), 0.5)
+    torch.testing.assert_close(half.tokenizer.clip_l.learned_words["<one>"].vectors["clip_l"], vectors / 2)
+
+
+def test_prompts_of_any_number_of_sections_are_encoded_together(clip):
+    texts = ["a cat", "word " * 100, "word " * 180]
+    context, _ = encode_all(clip, texts)
+    assert context.shape[:2] == (3, 6 * 77)
+    for row, text in zip(context, texts, strict=True):
+        own = encode(clip, text)[0][0]
+        assert torch.equal(row, own.repeat(len(row) // len(own), 1))

@@ -8,12 +8,13 @@ from functools import partial
 import comfy.sample
 import pytest
 import torch
-from concepts_pack.host.cross_attention import cross_attentions, overridden, sizes, with_edits
-from concepts_pack.host.text import fingerprint_of
+from concepts_pack.host.cross_attention import cross_attentions, edits_on, overridden, sizes, with_edits
+from concepts_pack.host.text import encode, fingerprint_of, ready
 from concepts_pack.perfusion.apply import applied, overrides
 from concepts_pack.perfusion.concept import Edit
 from concepts_pack.perfusion.inspection import gates
 from concepts_pack.perfusion.use import apply_concept, concept_hook
+from concepts_pack.textual_inversion.apply import apply_words
 from concepts_pack.textual_inversion.concept import Concept, Word
 
 from .conftest import DEVICE, WIDTH, make_model
@@ -163,13 +164,6 @@ def test_a_concept_that_no_prompt_has_changes_nothing_of_another(model, edit, pr
     one, two = (applied(each, precision, name, bias=bias) for each, name in ((edit, "<mine>"), (other, "<two>")))
     torch.testing.assert_close(values_under(model, [one, two], context), values_under(model, [one], context),
                                rtol=1e-4, atol=1e-4)
-
-
-def test_each_concept_has_its_own_key_strength(model, edit, precision, prompts):
-    pair = [applied(edit, precision, "<mine>", key_strength=0.3),
-            applied(edit_of(model, prompts[0][0, 4].clone(), seed=8), precision, "<two>", key_strength=1.5)]
-    found = (values_under(model, edits, prompts[0])[0] for edits in (pair, pair[::-1]))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_the_base_keeps_every_bit_and_no_patch(model, edit, precision, prompts):
@@ -681,3 +675,97 @@ def test_overrides_nest_and_unwind(model):
         with overridden({layer: partial(add, 1)}), overridden({layer: partial(add, 10)}):
             torch.testing.assert_close(layer(x), plain + 11)
         assert torch.equal(layer(x), plain) and "forward" not in vars(layer)
+
+
+def test_a_low_bias_gives_a_token_more_of_a_lone_concept_than_it_holds(model, edit, precision, prompts):
+    context = prompts[0].clone()
+    context[0, 3] = 0.7 * edit.target_input
+    gate, floor = torch.sigmoid(torch.tensor([5.0, 3.0]))  # of a similarity of 0.7 and of KIN
+    gate = (gate - floor) / (1 - floor)
+    assert gate > 0.8
+    found = values_under(model, [applied(edit, precision, "<mine>", bias=0.2, temperature=0.1)], context)
+    for value, learned in zip(found[1::2], edit.values.values(), strict=True):
+        torch.testing.assert_close(value[0, 3], gate * learned, rtol=1e-3, atol=1e-3)
+
+
+def test_key_strength_scales_the_edit_of_the_keys_alone(model, edit, precision, prompts):
+    plain, half, whole = (values_under(model, edits, prompts[0]) for edits in (
+        [], [applied(edit, precision, "<mine>", key_strength=0.5)], [applied(edit, precision, "<mine>")]))
+    expected = [(before + after) / 2 if place % 2 == 0 else after
+                for place, (before, after) in enumerate(zip(plain, whole, strict=True))]
+    torch.testing.assert_close(half, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [-1.0, 0.0, 0.5, 2.0])
+def test_values_lie_on_the_line_from_the_super_category_through_what_was_learned(
+    model, edit, precision, prompts, strength
+):
+    with torch.inference_mode():
+        own = {name: attention.to_v(edit.super_input[None])[0]
+               for name, attention in cross_attentions(model.model.diffusion_model).items()}
+    moved = replace(edit, values={name: torch.lerp(own[name], value, strength) for name, value in edit.values.items()})
+    found, expected = (values_under(model, [one], prompts[0]) for one in (
+        applied(edit, precision, "<mine>", strength=strength), applied(moved, precision, "<mine>")))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("setting", "one", "two"), [
+    ("bias", 0.3, 1.1), ("temperature", 0.05, 0.3), ("strength", 0.3, 1.5), ("key_strength", 0.3, 1.5),
+])
+def test_each_concept_has_settings_of_its_own(model, edit, precision, prompts, setting, one, two):
+    second = edit_of(model, prompts[0][0, 4].clone(), seed=8)
+    pair = [applied(edit, precision, "<mine>", **{setting: one}), applied(second, precision, "<two>", **{setting: two})]
+    found = (values_under(model, edits, prompts[0]) for edits in (pair, pair[::-1]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_inspection_shows_the_gate_of_each_token(model, clip):
+    word = Word("<mine>", "cat", {"clip_l": torch.randn(1, WIDTH, generator=generator(7))})
+    context = encode(ready(apply_words(clip, Concept((word,)), 1.0)), "a <mine> at sea")[0][0].float()
+    target = context[2].clone()
+    made = replace(edit_of(model, target), dual=target)
+    found = gates(clip, Concept((word,), made, BASE), "a <mine> at sea", bias=0.7, temperature=0.2)
+    assert [name for name, *_ in found] == ["<|startoftext|>", "a", "learned word", "at", "sea", "<|endoftext|>"]
+    s = context[:6] @ target / (target @ target)
+    gate, floor = torch.sigmoid((s - 0.7) / 0.2), torch.sigmoid(torch.tensor(-1.0))
+    torch.testing.assert_close(torch.tensor([amounts for _, *amounts in found]),
+                               torch.stack([s, torch.relu(gate - floor) / (1 - floor)], 1), rtol=1e-3, atol=1e-4)
+
+
+def test_strength_zero_is_the_model_and_the_clip_themselves(model, clip, edit):
+    word = Word("<mine>", "cat", {"clip_l": torch.ones(1, WIDTH)})
+    for what in (edit, None):
+        assert apply_concept(model, clip, Concept((word,), what, BASE), 0.0) == (model, clip)
+
+
+def test_strength_leaves_the_word_of_an_edit_as_it_was_learned(model, clip, edit, precision, monkeypatch):
+    monkeypatch.setattr("concepts_pack.perfusion.use.precision_for", lambda edit, clip: precision)
+    word = Word("<mine>", "cat", {"clip_l": torch.randn(1, WIDTH, generator=generator(7))})
+    for use in (apply_concept, concept_hook):
+        _, taught = use(model, clip, Concept((word,), edit, BASE), 0.5)
+        assert torch.equal(taught.tokenizer.clip_l.learned_words["<mine>"].vectors["clip_l"], word.vectors["clip_l"])
+
+
+@pytest.mark.parametrize("key_strength", [1.0, 0.5])
+def test_trained_keys_take_the_place_of_locked_ones(model, edit, precision, prompts, key_strength):
+    """Those of one layer; the others stay locked."""
+    layer, attention = next(iter(cross_attentions(model.model.diffusion_model).items()))
+    key = torch.randn(len(edit.values[layer]), generator=generator(5))
+    (locked, *others), (trained, *same) = (
+        values_under(model, [applied(each, precision, "<mine>", bias=0.8, temperature=0.1, key_strength=key_strength)],
+                     prompts[0]) for each in (edit, replace(edit, keys={layer: key})))
+    gate, floor = torch.sigmoid(torch.tensor([2.0, -3.0]))
+    with torch.inference_mode():
+        moved = (gate - floor) / (1 - floor) * key_strength * (key - attention.to_k(edit.super_input[None])[0])
+    torch.testing.assert_close(trained[0, 2] - locked[0, 2], moved, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(same, others)
+
+
+def test_concepts_one_after_the_other_are_those_given_at_once(model, edit, precision, prompts):
+    one = applied(edit, precision, "<mine>")
+    two = applied(edit_of(model, prompts[0][0, 4].clone(), seed=8), precision, "<two>")
+    chained = with_edits(with_edits(model, [one], overrides), [two], overrides)
+    assert list(edits_on(chained)) == [one, two] and not edits_on(model)
+    results = [sample(m, cond(prompts[0]), cond(prompts[1]))
+               for m in (chained, with_edits(model, [one, two], overrides), with_edits(model, [two], overrides))]
+    assert torch.equal(*results[:2]) and not torch.equal(*results[1:])

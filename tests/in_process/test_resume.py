@@ -23,6 +23,8 @@ from concepts_pack.training.dataset import gather
 from concepts_pack.training.optimisers import OPTIMISERS
 from concepts_pack.training.states import States
 
+from .test_covariance import with_lora
+
 HERE = Path(__file__).parent
 QUIET = Preview(every=0, steps=1)
 KEEPING = Keeping(every=2, keep=2)
@@ -201,3 +203,25 @@ def test_killed_without_warning_and_started_again(states, tmp_path):
     assert second.stdout.split()[0] == "3", second.stderr  # the steps it still had to do
     assert undisturbed.stdout.split()[0] == "7"
     assert second.stdout.split()[1:] == undisturbed.stdout.split()[1:]
+
+
+def test_a_lora_on_the_text_encoder_does_not_resume(model, clip, vae, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    states = tmp_path / "concepts" / "states"
+    cancel_at(3)
+    learn_word(model, clip, vae, gather([photos]), recipe(), QUIET, KEEPING)
+    comfy.utils.set_progress_bar_global_hook(None)
+    comfy.model_management.interrupt_current_processing(False)
+    kept = sorted(states.iterdir())
+    learn_word(model, with_lora(clip), vae, gather([photos]), recipe(), QUIET, KEEPING)
+    assert sorted(states.iterdir()) == kept != []
+
+
+def test_cancel_keeps_the_last_step(model, clip, vae, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    cancel_at(3)
+    part = learn_word(model, clip, vae, gather([photos]), recipe(), QUIET, Keeping(every=100))
+    comfy.utils.set_progress_bar_global_hook(None)
+    comfy.model_management.interrupt_current_processing(False)
+    (state,) = (tmp_path / "concepts" / "states").iterdir()
+    assert state.stem.endswith(f"-step{len(part.losses):07d}")

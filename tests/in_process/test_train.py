@@ -1,5 +1,10 @@
 """A whole training on toy models: it learns, it repeats itself, it stops well, and it leaves everything else alone."""
 
+import base64
+import io
+import json
+import logging
+
 import comfy.cli_args
 import comfy.ldm.modules.attention
 import comfy.model_management
@@ -10,13 +15,17 @@ import pytest
 import torch
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.objective import denoising_error
-from concepts_pack.host.progress import Cancelled
+from concepts_pack.host.pictures import sample_picture
+from concepts_pack.host.progress import Cancelled, warned
 from concepts_pack.host.text import encode, rows
 from concepts_pack.textual_inversion.file import load, to_bytes
-from concepts_pack.textual_inversion.train import Preview, Recipe, WordMethod, learn_word
+from concepts_pack.textual_inversion.train import Preview, Recipe, Watcher, WordMethod, learn_word
 from concepts_pack.training.dataset import Lessons, gather
 from concepts_pack.training.draws import draw
 from concepts_pack.training.loop import Diverged, NoGradient, Plan, train
+from concepts_pack.training.optimisers import learning_rate_factor
+from concepts_pack.training.preview import _evenly
+from PIL import Image
 
 QUICK = Preview(every=2, steps=1)
 
@@ -208,3 +217,108 @@ def test_a_sentence_that_hides_the_word_is_refused(model, clip, vae, photos, sen
     with pytest.raises(ValueError, match="ohwx is not a word of its own in"):
         learn_word(model, clip, vae, gather([photos]), recipe(placeholder="ohwx", sentences=(sentence,)), QUICK)
     learn_word(model, clip, vae, gather([photos]), recipe(steps=1, sentences=(sentence,)), QUICK)
+
+
+def test_a_cancelled_training_records_the_steps_it_did(model, clip, vae, photos, hook):
+    hook(lambda value, *_, **__: value == 3 and comfy.model_management.interrupt_current_processing(True))
+    lesson = learn_word(model, clip, vae, gather([photos]), recipe(steps=50), Preview(every=0, steps=1))
+    assert json.loads(lesson.concept.metadata["concepts.training"])["steps_done"] == len(lesson.losses) < 50
+
+
+def test_the_cover_is_the_last_sample(model, clip, vae, photos, monkeypatch):
+    shades = iter((0, 100, 200))
+    monkeypatch.setattr(Watcher, "sample", lambda watcher, label: watcher.samples.append(
+        (label, Image.new("RGB", (64, 64), (next(shades),) * 3))))
+    concept = learn_word(model, clip, vae, gather([photos]), recipe(), QUICK).concept
+    (cover,) = json.loads(concept.metadata["ssmd_cover_images"])
+    assert Image.open(io.BytesIO(base64.b64decode(cover))).getpixel((32, 32))[0] == pytest.approx(200, abs=3)
+
+
+def test_resolution_matters(model, clip, vae, photos):
+    plain, changed = (learn_word(model, clip, vae, gather([photos]), recipe(steps=1, **c), Preview(every=0, steps=1))
+                      for c in ({}, {"resolution": 128}))
+    assert not torch.equal(*(lesson.concept.words[0].vectors["clip_l"] for lesson in (plain, changed)))
+    assert json.loads(changed.concept.metadata["concepts.training"])["side"] == 128
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_the_init_text_is_looked_for_where_it_stands(model, clip, vectors):
+    with private_copies(model, clip) as (unet, text):
+        method = WordMethod(unet, text, recipe(vectors=vectors, init_text="tabby cat"),
+                            Lessons(torch.zeros(1, 1, 4, 8, 8), None, ("",)))
+        assert method.init_places("a photo of a {} at sea") == [5, 6]
+
+
+def test_every_sentence_is_learned_under(model, clip):
+    sentences, latents = ("a {}", "my {}", "one {}"), torch.zeros(1, 1, 4, 8, 8)
+    with private_copies(model, clip) as (unet, text):
+        method = WordMethod(unet, text, recipe(sentences=sentences), Lessons(latents, None, ("",)))
+        heard = {method.prompts(draw(latents, 1000, 1, 0, step))[0] for step in range(30)}
+    assert heard == {"a <mine>", "my <mine>", "one <mine>"}
+
+
+class Recorder:
+    """A method of one number that keeps the batches it is given."""
+
+    def __init__(self):
+        self.number, self.given = torch.zeros(1, requires_grad=True), []
+
+    def parameters(self):
+        return [{"params": [self.number], "lr": 0.0}]
+
+    def loss(self, batch):
+        self.given.append(batch)
+        return (self.number + 2).expand(len(batch.latents)) * (1 + batch.timesteps / 1000)
+
+    def after_step(self):
+        pass
+
+
+@pytest.mark.parametrize("at_once", [0, 1])
+def test_a_step_of_several_batches_is_their_mean(at_once):
+    latents = torch.zeros(2, 1, 4, 8, 8)
+    method = Recorder()
+    losses = train(method, latents, Plan(2, 2, 0, 1000, accumulation=3, at_once=at_once), lambda losses: None)
+    batches = [draw(latents, 1000, 2, 0, number) for number in range(6)]
+    assert torch.equal(torch.cat([given.noise for given in method.given]), torch.cat([b.noise for b in batches]))
+    expected = torch.stack([2 + b.timesteps / 500 for b in batches]).view(2, -1).mean(1)
+    assert losses == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize(("schedule", "middle", "end"), [
+    ("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1, 1),
+])
+def test_rates_fall_to_a_tenth_after_a_ramp(schedule, middle, end):
+    assert [learning_rate_factor(schedule, 0, step, 101) for step in (0, 50, 100)] == pytest.approx([1, middle, end])
+    assert [learning_rate_factor("constant", 3, step, 101) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+
+
+def test_the_page_shows_the_first_and_the_last_sample():
+    assert _evenly(range(3), 10) == [0, 1, 2]
+    shown = _evenly(range(23), 10)
+    assert len(shown) == 10 and (shown[0], shown[-1]) == (0, 22) and shown == sorted(set(shown))
+
+
+def test_samples_depend_on_seed_and_guidance(model, clip, vae):
+    drawn = [sample_picture(model, clip, vae, "a cat", (4, 8, 8), cfg, 1, seed)
+             for cfg, seed in ((1.0, 0), (5.0, 0), (1.0, 1))]
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_warning_that_comes_again_is_said_once():
+    log = logging.getLogger("concepts")
+    with warned() as sentences:
+        for number in (1, 1, 2):
+            log.warning("step %d", number)
+        log.info("no warning")
+    log.warning("behind")
+    assert sentences == ["step 1", "step 2"]
+
+
+def test_samples_are_drawn_as_often_as_asked(model, clip, vae, photos, monkeypatch, tmp_path):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    labels, own = [], concepts_pack.textual_inversion.train.Watcher.sample
+    monkeypatch.setattr(concepts_pack.textual_inversion.train.Watcher, "sample",
+                        lambda watcher, label: labels.append(label) or own(watcher, label))
+    learn_word(model, clip, vae, gather([photos]), recipe(steps=5), Preview(every=2, steps=1))
+    assert labels == ["step 0: cat", "step 2", "step 4", "step 5"]

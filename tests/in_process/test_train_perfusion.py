@@ -4,13 +4,15 @@ from functools import partial
 
 import comfy.model_management
 import comfy.utils
+import concepts_pack.e4t.pretrain
+import concepts_pack.textual_inversion.train
 import folder_paths
 import pytest
 import torch
 from concepts_pack.host.attention_maps import attention_to
 from concepts_pack.host.clip_overlay import with_words
 from concepts_pack.host.copies import private_copies
-from concepts_pack.host.cross_attention import cross_attentions, sizes
+from concepts_pack.host.cross_attention import cross_attentions, edits_on, sizes
 from concepts_pack.host.text import encode
 from concepts_pack.nodes.train_perfusion import ConceptsTrainPerfusion
 from concepts_pack.perfusion.covariance import precision
@@ -194,6 +196,7 @@ def test_without_one_the_concept_has_no_metric_of_its_own(method_of):
 def test_the_target_is_a_moving_average_per_step(method_of):
     make, latents = method_of
     method = make(sentences=("a {}",), own_masks=False, momentum=0.9, learning_rate=1e-9)
+    method.target_input.data += torch.randn(WIDTH, generator=torch.Generator().manual_seed(1))  # else it is met already
     start = method.target_input.clone()
     with torch.no_grad():
         met = encode(method.clip, "a <mine>")[0][0, 2]
@@ -311,3 +314,80 @@ def test_sdxl_learns_with_both_encoders(other_base, vae, photos):
 def test_five_trainings_hold_what_two_held(model, clip, vae, photos):
     given = gather([photos])
     assert max(grown(lambda: learn_word(model, clip, vae, given, recipe(steps=1), QUIET, method_of=METHOD), 2, 5)) <= 0
+
+
+def test_each_step_draws_its_bias_within_the_slide(method_of):
+    make, latents = method_of
+    method, drawn = make(own_masks=False, bias=0.6, slide=0.2, temperature=0.3), []
+    for step in range(20):
+        with torch.no_grad():
+            method.loss(draw(latents, 1000, 1, 0, step))
+        (training,) = method.call.edits
+        drawn.append(training.bias)
+        assert training.temperature == 0.3
+    assert 0.4 <= min(drawn) < 0.5 and 0.7 < max(drawn) <= 0.8
+
+
+def test_presence_is_half_way_between_the_word_and_the_class_words_prompts(method_of):
+    make, _ = method_of
+    method = make(own_masks=False, sentences=("a {}", "my {} at sea"))
+    method.leaves["clip_l"].data.normal_(std=3.0, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        word, cats = ([encode(method.clip, fill(sentence, text))[0][0] for sentence in method.recipe.sentences]
+                      for text in ("<mine>", "cat"))
+        spread = torch.cat(cats)
+        method.precision = torch.linalg.inv(spread.T @ spread / len(spread) + 0.1 * torch.eye(WIDTH))
+        method.target_input.data.copy_(word[0][2])
+    dual = method.target_input.detach() @ method.precision
+    mine, others = ([each @ dual / (method.target_input.detach() @ dual) for each in found] for found in (word, cats))
+    least, most = min(s[2].item() for s in mine), max(s.max().item() for s in others)
+    assert most < 0.6 * least
+    assert method.learned_edit().presence == pytest.approx((least + most) / 2, rel=1e-3)
+
+
+def test_value_rates_are_in_sizes_of_the_values_where_asked(method_of):
+    make, _ = method_of
+    for relative in (False, True):
+        method = make(own_masks=False, value_rate=0.1, relative_values=relative)
+        sizes = [value.square().mean().sqrt().item() for value in method.learned_edit().values.values()]
+        rates = [group["lr"] for group in method.parameters()[1:-1]]
+        assert rates == pytest.approx([0.1 * (size if relative else 1) for size in sizes])
+        method.installed.close()
+
+
+def test_trained_keys_move_away_from_the_super_category(method_of):
+    make, latents = method_of
+    method = make(own_masks=False, train_keys=True)
+    before = method.learned_edit().keys
+    train(method, latents, Plan(steps=2, batch_size=2, seed=0, levels=1000), lambda losses: None)
+    after = method.learned_edit().keys
+    assert before and not any(torch.equal(key, before[name]) for name, key in after.items())
+
+
+def test_samples_are_drawn_with_the_edit(model, clip, vae, photos, monkeypatch):
+    heard, sample = [], concepts_pack.textual_inversion.train.sample_picture
+    monkeypatch.setattr(concepts_pack.textual_inversion.train, "sample_picture",
+                        lambda model, *given: heard.append(edits_on(model)) or sample(model, *given))
+    learn(model, clip, vae, photos, steps=1)
+    assert heard and all([each.placeholder for each in edits] == ["<mine>"] for edits in heard)
+
+
+def test_own_masks_of_mirrored_views_are_mirrored(model, clip):
+    latents = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with private_copies(model, clip) as (unet, text):
+        method = METHOD(unet, text, recipe(mirror=True, own_masks=True), Lessons(latents, None, ("", "")))
+    assert torch.equal(method.weights[:, 1], method.weights[:, 0].flip(-1))
+    assert not torch.equal(method.weights[:, 1], method.weights[:, 0])
+
+
+def test_a_thing_is_where_the_model_looks_and_what_its_word_changes(monkeypatch):
+    looked, changed = torch.zeros(2, 1, 1, 8, 8)
+    looked[..., 2:6, :5] = 1
+    changed[..., 2:6, 3:] = 1
+    monkeypatch.setattr(masks, "_maps", lambda *given: (looked, changed))
+    assert torch.equal(zero_shot(None, torch.zeros(1, 4, 8, 8), None, None, [0], 0), looked * changed)
+
+
+def test_a_concept_knows_the_text_encoder_it_was_learned_with(method_of):
+    make, _ = method_of
+    assert make(own_masks=False).learned_edit().encoder == "toy"
