@@ -401,7 +401,8 @@ def run(options: argparse.Namespace) -> int:
     if not script.is_file() or not script.is_relative_to(ROOT):
         raise DevError(f"There is no {options.script} in {ROOT}.")
     host = find_host(options.host)
-    job = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
+    # behind --, or --start of a script would be taken for the launcher's own --start-method
+    job = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes), "--"]
     shared = job if options.processes > 1 else []
     launched = [ROOT / "microworld" / "launch.py", script, *options.arguments]
     return call([host.python, *shared, *launched], host_env(host))

@@ -209,7 +209,8 @@ def test_an_isolated_python_will_do(env, host, arguments):
 
 
 def test_run_in_several_processes(env, host):
-    code, said = cli(using(env, host), "run", "--processes", "2", "e4t/pretrain.py", "--help")
+    """Whose options are their own, also those that the launcher has others like."""
+    code, said = cli(using(env, host), "run", "--processes", "2", "e4t/pretrain.py", "--start", "cat", "--help")
     assert code == 0 and said.count("usage: ") == 2
 
 
