@@ -7,7 +7,7 @@ also without its encoder. Pretraining goes on where it was stopped.
 
 from __future__ import annotations
 
-from ..e4t.pretrain import Recipe
+from ..e4t.learner import Recipe
 from ..microworld.data import parallel
 from ..microworld.pretrain import pretrained
 from .e4t import measured, parser, record, so_far

@@ -6,7 +6,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..e4t import domain
-from ..e4t.pretrain import Keeping, Recipe, check_shares, pretrain
+from ..e4t.learner import Recipe
+from ..e4t.pretrain import Keeping, check_shares, pretrain
 from ..e4t.samples import read_samples
 from ..e4t.validation import Look
 from ..host.bases import base_name, check_pair, native_side

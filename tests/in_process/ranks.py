@@ -18,8 +18,10 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 from concepts_pack.e4t.domain import save  # noqa: E402
-from concepts_pack.e4t.pretrain import Keeping, Recipe, Workers, pretrain  # noqa: E402
+from concepts_pack.e4t.learner import Recipe  # noqa: E402
+from concepts_pack.e4t.pretrain import Keeping, pretrain  # noqa: E402
 from concepts_pack.e4t.samples import Samples  # noqa: E402
+from concepts_pack.e4t.workers import Workers  # noqa: E402
 
 
 def samples(subjects=6, views=2):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import comfy.model_management
+import concepts_pack.e4t.learner
 import concepts_pack.e4t.pretrain
 import folder_paths
 import pytest
@@ -18,13 +19,14 @@ import torch
 from concepts_pack.e4t import method as method_module
 from concepts_pack.e4t.domain import digest, load, save
 from concepts_pack.e4t.encoder import Encoder, Shape
+from concepts_pack.e4t.learner import Learner, is_edited, shape_of
 from concepts_pack.e4t.method import PLACEHOLDER, SENTENCES, Predictor, Together
 from concepts_pack.e4t.offsets import Offset, new_offsets, penalty
-from concepts_pack.e4t.pretrain import Keeping, Learner, Workers, _run, is_edited, parser, pretrain, run, shape_of
-from concepts_pack.e4t.pretrain import run as command
+from concepts_pack.e4t.pretrain import Keeping, _run, parser, pretrain, run
 from concepts_pack.e4t.recognition import recognise
 from concepts_pack.e4t.samples import Samples, draw_pair, later, read_samples
 from concepts_pack.e4t.validation import STEPS, Look, errors, pictures
+from concepts_pack.e4t.workers import Workers
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.cross_attention import cross_attentions
 from concepts_pack.host.pictures import sample_picture
@@ -518,7 +520,7 @@ def test_a_new_stem_learns_to_tell_subjects_apart():
 def test_what_a_stem_learned_first_is_not_learned_again(model, clip, tmp_path, monkeypatch):
     """The word's slash is no folder of the state's."""
     taught = []
-    monkeypatch.setattr(concepts_pack.e4t.pretrain, "recognise", lambda *args: taught.append(args))
+    monkeypatch.setattr(concepts_pack.e4t.learner, "recognise", lambda *args: taught.append(args))
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(Learner, "step", lambda *args: (_ for _ in ()).throw(Stop))
         learn(model, clip, tmp_path, word="cat/dog")
@@ -681,7 +683,7 @@ def test_options_reach_the_pretraining(model, clip, calm_vae, tmp_path, monkeypa
              "start": start, "accumulation": 2, "preview-cfg": 3.5, "rate": 0.5}
     with pytest.raises(Told) as heard:
         options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-        command(parser().parse_args(["--no-offsets", "--fp32", *options]), (model, clip, calm_vae))
+        run(parser().parse_args(["--no-offsets", "--fp32", *options]), (model, clip, calm_vae))
     positional, more = heard.value.args
     settings, bf16 = positional[3], positional[8]
     assert (settings.offsets, settings.rate, settings.steps, bf16) == (False, 0.5, 2, False)

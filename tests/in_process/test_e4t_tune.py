@@ -15,9 +15,9 @@ from concepts_pack.e4t import difference_file, tune_whole
 from concepts_pack.e4t.difference import scaled
 from concepts_pack.e4t.domain import Domain
 from concepts_pack.e4t.encoder import Encoder
+from concepts_pack.e4t.learner import shape_of
 from concepts_pack.e4t.method import Predictor
 from concepts_pack.e4t.offsets import RANK, Offset
-from concepts_pack.e4t.pretrain import shape_of
 from concepts_pack.e4t.samples import later
 from concepts_pack.e4t.tune import SHARE, TunedEdit, mean_of, predict_each, tuning_recipe
 from concepts_pack.e4t.tune_whole import WORD_PATH, TunedWhole, whole_recipe

@@ -4,7 +4,6 @@ from functools import partial
 
 import comfy.model_management
 import comfy.utils
-import concepts_pack.e4t.pretrain
 import concepts_pack.textual_inversion.train
 import folder_paths
 import pytest
