@@ -7,6 +7,7 @@ import comfy.sd1_clip
 import pytest
 import torch
 from concepts_pack.host.clip_overlay import with_words
+from concepts_pack.perfusion.lora import to_bytes, to_lora
 from concepts_pack.textual_inversion.concept import Concept, Word
 from concepts_pack.textual_inversion.file import LAYOUTS, load, save
 
@@ -14,6 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from diffusers import StableDiffusionPipeline  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
+
+from .test_lora import made_for  # noqa: E402
 
 VECTORS = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)) * 0.1
 PROMPT = "a photo of {} on the beach"
@@ -69,3 +72,15 @@ def test_their_files_here(pipeline, clip, tmp_path, ending):
     concept = load(path)
     assert concept.words[0].placeholder == "<dog>"
     torch.testing.assert_close(theirs(pipeline, "<dog>"), ours(clip, concept), rtol=1e-4, atol=1e-5)
+
+
+def test_every_name_of_a_lora_is_one_of_diffusers_where_the_word_lies_beside_it(model, tmp_path):
+    """It refuses all of a file with a name that does not say lora."""
+    made = made_for(model)
+    dual = torch.randn(len(made.edit.target_input), generator=torch.Generator().manual_seed(1))
+    for with_word in (True, False):
+        path = tmp_path / f"{with_word}.safetensors"
+        path.write_bytes(to_bytes(to_lora(model, made, dual, with_word=with_word), made))
+        names = StableDiffusionPipeline.lora_state_dict(path)[0].keys()
+        assert all("lora" in name for name in names) != with_word
+    assert all(name.startswith("unet.") for name in names) and len(names) == 4 * len(made.edit.values)
