@@ -100,7 +100,7 @@ def holding(oracle, images: Tensor, kind: str, looks: Tensor) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()

@@ -1,5 +1,6 @@
 """Giving a model and its CLIP what tuning the whole model learned, and a model the offsets of a domain."""
 
+from ..host.bases import warn_of_other_prediction
 from ..host.sockets import CLIP, ModelPatcher
 from ..host.weight_offsets import ALL_PARTS, matrix_shapes, with_added, with_offsets
 from ..textual_inversion.apply import apply_words
@@ -27,6 +28,7 @@ def apply_tuned(model: ModelPatcher, clip: CLIP, concept: Concept, strength: flo
     _check_fits(placeholder, concept.metadata.get("modelspec.base_model", "another base"), model,
                 {**{layer: (len(o.left), o.right.shape[1]) for layer, o in concept.edit.offsets.items()},
                  **{layer: (len(f.up), f.down.shape[1]) for layer, f in concept.edit.added.items()}})
+    warn_of_other_prediction(placeholder, concept.metadata, model)
     patched = with_difference(model, concept.edit, strength)
     patched.set_attachments(TUNED, (*tuned, (placeholder, concept.edit)))
     return patched, apply_words(clip, concept, strength)
@@ -41,6 +43,7 @@ def apply_offsets(model: ModelPatcher, domain: Domain, strength: float) -> Model
         return model
     _check_fits(f"The domain {domain.word!r}", domain.base, model,
                 {layer: (len(o.left), o.right.shape[1]) for layer, o in domain.offsets.items()})
+    warn_of_other_prediction(f"The domain {domain.word!r}", domain.metadata, model)
     return with_offsets(model, domain.offsets, strength)
 
 

@@ -1,7 +1,9 @@
 """Which kinds of checkpoint the pack can train on."""
 
+import logging
 from collections.abc import Mapping
 
+from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import EPS, V_PREDICTION
 from comfy.sd import CLIP
@@ -9,6 +11,7 @@ from comfy.supported_models import SD15, SD20, SDXL, LotusD, SD21UnclipH, SD21Un
 
 from .text import widths
 
+log = logging.getLogger("concepts")
 TRAINABLE = (SD15, SD20, SDXL)
 OTHER_TASKS = (LotusD, SD21UnclipH, SD21UnclipL)
 
@@ -39,19 +42,22 @@ def native_side(model: ModelPatcher) -> int:
         return own
     if isinstance(config, SDXL):
         return 1024
-    return 768 if isinstance(config, SD20) and predicts(model) == "v" else 512
+    velocity = predicts(model) == "v" or not predicts(model) and model.model.model_type == ModelType.V_PREDICTION
+    return 768 if isinstance(config, SD20) and velocity else 512
 
 
 def predicts(model: ModelPatcher) -> str:
     """What the UNet predicts, as `modelspec.prediction_type` has it: 'epsilon', 'v', or '' for anything else."""
     kinds = {EPS.calculate_denoised: "epsilon", V_PREDICTION.calculate_denoised: "v"}
-    return kinds.get(type(model.get_model_object("model_sampling")).calculate_denoised, "")
+    return kinds.get(getattr(type(model.get_model_object("model_sampling")), "calculate_denoised", None), "")
 
 
-def other_prediction(metadata: Mapping[str, str], model: ModelPatcher) -> str:
-    """What a file was learned on, if its header tells of another prediction than this model's, else ''."""
+def warn_of_other_prediction(name: str, metadata: Mapping[str, str], model: ModelPatcher) -> None:
+    """Logs a warning when the header of a file tells of another prediction than this model's."""
     learned, here = metadata.get("modelspec.prediction_type", ""), predicts(model)
-    return learned if learned and here and learned != here else ""
+    if learned and here and learned != here:
+        log.warning("%s was learned on a model that predicts %s, and this one predicts %s; pictures will hardly look "
+                    "like what was learned.", name, learned, here)
 
 
 def manner(model: ModelPatcher) -> str:

@@ -21,7 +21,7 @@ def vae_encode(vae: VAE, images: Tensor) -> Tensor:
 
 
 def to_latents(model: ModelPatcher, vae: VAE, images: Tensor) -> Tensor:
-    """Images (b h w 3) in 0..1 to latents (b c h w) as this model's UNet sees them, fp32, ordinary tensors.
+    """Images (b h w 3) in 0..1 to latents (b c h w) as this model's UNet sees them, fp32.
 
     Raises ValueError for a VAE of another kind, and for one that gives no numbers.
     """

@@ -9,7 +9,7 @@ from ..host.folders import embeddings_folder, loras_folder, unused_name
 from ..host.progress import shown
 from ..perfusion.file import check_fits
 from ..perfusion.linear import linear_dual
-from ..perfusion.lora import to_bytes, to_lora
+from ..perfusion.lora import KEPT, to_bytes, to_lora
 from ..textual_inversion.concept import Concept as ConceptValue
 from ..textual_inversion.file import ENDINGS, checked_name, free_path, save
 from ..training.disk import write_whole
@@ -47,7 +47,7 @@ class ConceptsExportLora(NamesFile):
                 )),
                 io.Boolean.Input("bundle", default=True, optional=True, tooltip=(
                     "Put the word into the LoRA, as A1111 and its kin read it. Diffusers refuses such a file: turn it "
-                    "off for that, and the word becomes an embedding of the same name."
+                    "off for that, and the word becomes an embedding beside it."
                 )),
             ],
             outputs=[io.String.Output("file", display_name="file", tooltip="The new file, as LoRA loaders list it.")],
@@ -62,15 +62,14 @@ class ConceptsExportLora(NamesFile):
             raise ValueError("This concept is only a word, which no LoRA can hold alone; save it with Save Concept.")
         name = checked_name(name)
         check_fits(concept, sizes(model))
-        tensors = to_lora(model, concept, linear_dual(clip, concept), strength, bundle)
+        tensors, beside = to_lora(model, concept, linear_dual(clip, concept), strength, bundle), ""
+        if not bundle:
+            kept = {key: text for key, text in concept.metadata.items() if key in KEPT}
+            folder, called = embeddings_folder(), unused_name("embeddings", name, ENDINGS, overwrite)
+            word = save(replace(concept, edit=None, metadata=kept), folder, called, overwrite, "diffusers")
+            beside = f", and its word as {word.relative_to(folder).as_posix()} in models/embeddings"
         name = unused_name("loras", name, ENDINGS, overwrite)
         path = free_path(loras_folder(), name, ".safetensors", overwrite)
         write_whole(path, to_bytes(tensors, concept))
         saved = path.relative_to(loras_folder()).as_posix()
-        said = f"Saved {saved} in models/loras."
-        if not bundle:
-            folder, name = embeddings_folder(), unused_name("embeddings", name, ENDINGS, overwrite)
-            word = save(replace(concept, edit=None), folder, name, overwrite)
-            said = f"Saved {saved} in models/loras, and its word as {word.relative_to(folder).as_posix()} in " \
-                   "models/embeddings."
-        return io.NodeOutput(saved, ui=shown(said))
+        return io.NodeOutput(saved, ui=shown(f"Saved {saved} in models/loras{beside}."))

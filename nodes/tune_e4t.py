@@ -9,7 +9,7 @@ from ..e4t.domain import Domain as DomainValue
 from ..e4t.tune import TunedEdit, tuning_recipe
 from ..e4t.tune_whole import TunedWhole, whole_recipe
 from ..e4t.vision import vision_for
-from ..host.bases import base_name, other_prediction
+from ..host.bases import base_name, warn_of_other_prediction
 from ..host.text import fingerprint_of, widths
 from ..perfusion.covariance import precision
 from ..textual_inversion.train import learn_word
@@ -94,9 +94,7 @@ def checked(domain: DomainValue, model, clip) -> DomainValue:
     if domain.text and domain.text != fingerprint_of(clip):
         log.warning("The domain %r was pretrained with another text encoder than this one; more steps may be needed.",
                     domain.word)
-    if learned := other_prediction(domain.metadata, model):
-        log.warning("The domain %r was pretrained on a model that predicts %s, and this one does not; its concepts "
-                    "will hardly look like their pictures.", domain.word, learned)
+    warn_of_other_prediction(f"The domain {domain.word!r}", domain.metadata, model)
     return domain
 
 

@@ -117,7 +117,7 @@ class Call:
 
     def _amounts(self, encodings: Tensor) -> tuple[Tensor, ...]:
         """For locked keys, trained keys and values: how much of o*, of W·(super-category) and of W i* each token of
-        encodings (b n d) gets of each concept (b n 3j); locked keys, of which the first two are one, (b n 2j)."""
+        encodings (b n d) gets of each concept (b n 3j), for locked keys, where the first two are one, (b n 2j)."""
         if self.only is not None:
             return self.only
         if not self.known:

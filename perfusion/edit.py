@@ -71,6 +71,5 @@ def components(s: Tensor, target_inputs: Tensor, dual: Tensor, present: Tensor |
     length = gram.diagonal().sqrt()
     others = (gram / length[:, None] / length).fill_diagonal_(0) * here[..., None] * here[..., None, :]
     identity = torch.eye(len(length), dtype=gram.dtype, device=where)
-    solved = torch.linalg.solve_ex(others + (1 + RIDGE) * identity, similar * length * here)[0]  # which waits for none
+    solved = torch.linalg.solve_ex(others + (1 + RIDGE) * identity, similar * length * here)[0]  # no wait for the card
     return (solved / length).to(s)
-

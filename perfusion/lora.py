@@ -13,7 +13,8 @@ from ..host.sockets import ModelPatcher
 from ..textual_inversion.concept import Concept
 from ..textual_inversion.file import bundled, with_metadata
 
-KEPT = ("modelspec.base_model", "modelspec.title", "ssmd_cover_images", "concepts.training")
+KEPT = ("modelspec.base_model", "modelspec.prediction_type", "modelspec.title", "ssmd_cover_images",
+        "concepts.training")
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable
 
-from ..host.bases import other_prediction
+from ..host.bases import warn_of_other_prediction
 from ..host.cross_attention import edits_on, hook_of, sizes, with_edits
 from ..host.sockets import CLIP, HookGroup, ModelPatcher
 from ..host.text import fingerprint_of, widths
@@ -70,9 +70,7 @@ def _ready(
     if concept.edit.encoder and concept.edit.encoder != fingerprint_of(clip):
         log.warning("%s was learned with another text encoder than this one, or with another CLIP Set Last Layer in "
                     "front of where it is applied; it may look less like its photos.", word.placeholder)
-    if learned := other_prediction(concept.metadata, model):
-        log.warning("%s was learned on a model that predicts %s, and this one does not; it will hardly look like its "
-                    "photos.", word.placeholder, learned)
+    warn_of_other_prediction(word.placeholder, concept.metadata, model)
     start, end = settings.get("start", 0.0), settings.get("end", 1.0)
     if start >= end:
         raise ValueError(f"{word.placeholder} would never act: its start ({start:.2f}) is not before its end "

@@ -89,7 +89,8 @@ def words_in(file: str, content: dict[str, Any], metadata: dict[str, str]) -> Fo
         return {written or _placeholder(tensors) or in_brackets(name): _one(file, tensors, metadata)}
     if (known := content.keys() & ENCODER_OF_KEY.keys()) and not metadata.get("concepts.method"):
         if others := content.keys() - known:
-            log.warning("%s also holds %s, which no prompt takes; they are left out.", file, ", ".join(sorted(others)))
+            log.warning("%s also holds %s, which is for no text encoder of Stable Diffusion 1 to XL; left out.", file,
+                        ", ".join(sorted(others)))
         return {"": {ENCODER_OF_KEY[key]: content[key] for key in sorted(known)}}
     return {_placeholder(content): _one(file, content, metadata)}
 

@@ -27,7 +27,8 @@ def write_whole(path: Path, data: bytes) -> None:
             begun = True
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            with suppress(OSError):  # some network disks cannot
+                os.fsync(file.fileno())
         _replace(temporary, path)
     except OSError as error:
         refused = isinstance(error, PermissionError) and begun and path.exists()

@@ -11,6 +11,7 @@ import folder_paths
 import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from concepts_pack.e4t import difference_file, tune_whole
 from concepts_pack.e4t.difference import scaled
 from concepts_pack.e4t.domain import Domain
@@ -458,3 +459,11 @@ def test_every_widget_reaches_a_tuning(domain, model, clip, vae, monkeypatch, re
     recipe, method = heard.value.args[4], heard.value.args[-1]
     assert (recipe.placeholder, recipe.init_text, recipe.steps, recipe.seed) == ("<two>", "cat", 7, 3)
     assert method.func is kind
+
+
+def test_a_tuned_model_on_another_prediction_is_told(domain, photos, model, clip, vae, caplog):
+    tuned = whole(domain, photos, model, clip, vae, 0)
+    apply_tuned(model, clip, tuned, 1.0)
+    assert "predicts" not in caplog.text
+    apply_tuned(ModelSamplingDiscrete().patch(model, "v_prediction", False)[0], clip, tuned, 1.0)
+    assert "<mine> was learned on a model that predicts epsilon, and this one predicts v;" in caplog.text

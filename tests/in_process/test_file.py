@@ -219,7 +219,7 @@ def test_what_other_trainers_keep_beside_a_word_is_left_out_and_said(tmp_path, c
     kept = {"clip_l": torch.ones(1, 768), "clip_g": torch.ones(1, 1280), "clip_l_out": torch.ones(1, 768)}
     save_file(kept, tmp_path / "x.safetensors")
     assert load(tmp_path / "x.safetensors").words[0].vectors.keys() == {"clip_l", "clip_g"}
-    assert "x.safetensors also holds clip_l_out, which no prompt takes" in caplog.text
+    assert "x.safetensors also holds clip_l_out, which is for no text encoder" in caplog.text
 
 
 def test_words_bundled_in_a_lora(tmp_path):

@@ -17,6 +17,7 @@ from concepts_pack.host.cross_attention import cross_attentions, sizes
 from concepts_pack.host.text import widths
 from concepts_pack.microworld.host import CHECKPOINT
 from concepts_pack.nodes.export_lora import ConceptsExportLora
+from concepts_pack.perfusion import file as edit_file
 from concepts_pack.perfusion.concept import Edit
 from concepts_pack.perfusion.edit import dual_of
 from concepts_pack.perfusion.linear import linear_dual
@@ -241,10 +242,11 @@ def test_for_diffusers_the_word_lies_beside(model, clip, loras, tmp_path, monkey
     """Which takes a file for a LoRA when every name in it says so."""
     words = [str(tmp_path / "words")], {".safetensors"}
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", words)
-    made = made_for(model)
+    made = edit_file.from_bytes(edit_file.to_bytes(made_for(model)), "mine")  # with all that a file's header holds
     output = ConceptsExportLora.execute(model, clip, made, "mine", 1.0, False, bundle=False)
     names = load_file(loras / "mine.safetensors").keys()
     assert names and all("lora" in name for name in names)
+    assert load_file(tmp_path / "words" / "mine.safetensors").keys() == {"<mine>"}  # which diffusers calls it by
     (word,), (own,) = word_file.load(tmp_path / "words" / "mine.safetensors").words, made.words
     assert word.placeholder == own.placeholder and all(map(torch.equal, word.vectors.values(), own.vectors.values()))
     assert "its word as mine.safetensors in models/embeddings" in output.ui.as_dict()["text"][0]

@@ -597,7 +597,7 @@ def test_a_model_that_predicts_something_else_is_named(model, clip, edit, precis
     assert said() == []
     apply_concept(ModelSamplingDiscrete().patch(model, "v_prediction", False)[0], clip, known, 1.0)
     (message,) = said()
-    assert "<mine> was learned on a model that predicts epsilon, and this one does not" in message
+    assert "<mine> was learned on a model that predicts epsilon, and this one predicts v;" in message
 
 
 def test_a_prompt_that_forgot_the_word_is_named(model, edit, precision, prompts, said):

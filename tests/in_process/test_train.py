@@ -303,6 +303,7 @@ def test_samples_depend_on_seed_and_guidance(model, clip, vae):
     drawn = [sample_picture(model, clip, vae, "a cat", (4, 8, 8), cfg, 1, seed)
              for cfg, seed in ((1.0, 0), (5.0, 0), (1.0, 1))]
     assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.stack(drawn).isfinite().all()
 
 
 def test_a_warning_that_comes_again_is_said_once():
