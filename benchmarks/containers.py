@@ -9,27 +9,23 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..host.text import fingerprint_of
 from ..microworld.captions import PLACES
 from ..microworld.data import parallel, work
 from ..microworld.domain import instance_photos
 from ..microworld.oracle import PAIR_WEIGHTS, embed, load, read
-from ..nodes import train_perfusion, train_textual_inversion
-from ..perfusion.covariance import precision
+from ..nodes.train_textual_inversion import pace_of
 from ..perfusion.global_keys import encode_with_global_keys
-from ..perfusion.train import EditMethod, EditRecipe
 from ..perfusion.use import apply_concept
 from ..textual_inversion.concept import Concept
 from ..textual_inversion.train import Preview, Recipe, learn_word
 from ..training.dataset import gather
 from .microworld import interval
-from .perfusion import MOMENTUM, stem
+from .perfusion import learn_from, stem
 from .sampling import draw, encode, load_checkpoint
 from .timing import keep
 
@@ -43,13 +39,10 @@ PHOTOS, REALS = 4, 24
 def learned(base, kind: str, number: int, seed: int) -> dict[str, Concept]:
     """The thing as a word and as a Perfusion concept, by the nodes' quick presets."""
     pictures, masks = (torch.from_numpy(part) for part in instance_photos(kind, "test", number, PHOTOS, seed))
-    given, quiet, clip = gather([pictures.float() / 255], [masks.float() / 255]), Preview(every=0, steps=1), base[1]
-    word = Recipe("<mine>", kind, seed=seed, **train_textual_inversion.pace_of("quick", clip, kind))
-    edit = EditRecipe(placeholder="<mine>", init_text=kind, seed=seed, momentum=MOMENTUM,
-                      **train_perfusion.pace_of("quick", clip, kind))
-    method = partial(EditMethod, precision(clip), fingerprint_of(clip))
-    return {"word": learn_word(*base, given, word, quiet).concept,
-            "edit": learn_word(*base, given, edit, quiet, method_of=method).concept}
+    given = gather([pictures.float() / 255], [masks.float() / 255])
+    word = Recipe("<mine>", kind, seed=seed, **pace_of("quick", base[1], kind))
+    return {"word": learn_word(*base, given, word, Preview(every=0, steps=1)).concept,
+            "edit": learn_from(base, kind, seed, given)}
 
 
 def one(kind: str, number: int, seed: int, cfg: float) -> dict[str, dict[str, float]]:

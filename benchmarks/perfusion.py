@@ -38,7 +38,7 @@ from ..perfusion.use import apply_concept
 from ..textual_inversion import file as word_file
 from ..textual_inversion.concept import Concept
 from ..textual_inversion.train import Preview, learn_word
-from ..training.dataset import gather
+from ..training.dataset import Photo, gather
 from ..training.masks import zero_shot
 from . import textual_inversion
 from .concepts import conditions, names_of, parser, report
@@ -58,11 +58,16 @@ ENOUGH = 0.4  # ID of a region that counts as the concept
 def learn(base, name: str, seed: int, photos: int = 4, masked: bool = True, **changes) -> Concept:
     """A concept from photos, by the node's quick preset unless `changes` say otherwise."""
     pictures, masks = concept_photos(name, photos, PHOTOS_SEED + seed)
-    kind, clip = super_category(name), base[1]
+    given = gather([torch.from_numpy(pictures)], [torch.from_numpy(masks)] if masked else [])
+    return learn_from(base, super_category(name), seed, given, **changes)
+
+
+def learn_from(base, kind: str, seed: int, given: list[Photo], **changes) -> Concept:
+    """The same from gathered photos of a thing of this kind."""
+    clip = base[1]
     recipe = EditRecipe(**{"placeholder": "<mine>", "init_text": kind, "seed": seed, "momentum": MOMENTUM,
                            **pace_of("quick", clip, kind), **changes})
     method = partial(EditMethod, precision(clip), fingerprint_of(clip))
-    given = gather([torch.from_numpy(pictures)], [torch.from_numpy(masks)] if masked else [])
     return learn_word(*base, given, recipe, Preview(every=0, steps=1), method_of=method).concept
 
 

@@ -11,6 +11,7 @@ from ..host.lora_names import diffusers_names
 from ..host.progress import stop_if_cancelled
 from ..host.sockets import CLIP, ModelPatcher
 from ..host.weight_offsets import ALL_PARTS, attention_matrices
+from ..perfusion.edit import exact_device
 from ..textual_inversion.concept import Concept, Word
 from .difference import Difference, LowRank
 from .encoder import Vision
@@ -39,7 +40,6 @@ def difference_of(release: Release, model: ModelPatcher, rank: int) -> tuple[Dif
     Raises ValueError for a UNet that is not of the model's base.
     """
     own, matrices = plain_weights(model), attention_matrices(model.model.diffusion_model, ALL_PARTS)
-    where = model.load_device if model.load_device.type in ("cpu", "cuda") else "cpu"  # others solve it unsoundly
     added: dict[str, LowRank] = {}
     inside = outside = lost = 0.0
     for theirs, ours in diffusers_names(model).items():
@@ -54,7 +54,7 @@ def difference_of(release: Release, model: ModelPatcher, rank: int) -> tuple[Dif
             left, right = release.offsets[layer]
             change = change * (1 + left @ right)
         inside += change.square().sum().item()
-        up, sizes, down = torch.linalg.svd(change.to(where), full_matrices=False)
+        up, sizes, down = torch.linalg.svd(change.to(exact_device(model.load_device)), full_matrices=False)
         added[layer] = LowRank((up[:, :rank] * sizes[:rank]).cpu(), down[:rank].cpu())
         lost += sizes[rank:].square().sum().item()
     whole = max(inside + outside, 1e-30)

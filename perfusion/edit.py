@@ -55,6 +55,11 @@ def withheld(components: Tensor, gates: Tensor, opened: Tensor) -> tuple[Tensor,
     return untouched, held - untouched
 
 
+def exact_device(device: torch.device) -> torch.device:
+    """Where linear algebra of tensors on `device` is done: many others have no double, no solve, or an unsound SVD."""
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
 def components(s: Tensor, target_inputs: Tensor, dual: Tensor, present: Tensor | None = None) -> Tensor:
     """What each concept holds of an encoding: e⊥ = e - Σ_j c_j i_j has <i_k, e⊥> = 0 for every k (equation 10).
 
@@ -65,7 +70,7 @@ def components(s: Tensor, target_inputs: Tensor, dual: Tensor, present: Tensor |
     here = torch.ones_like(s) if present is None else present.to(s)
     if s.shape[-1] == 1:
         return s * here
-    where = s.device if s.device.type in ("cpu", "cuda") else "cpu"  # many others have no double, or no solve
+    where = exact_device(s.device)
     similar, target_inputs, dual, here = (t.to(where).double() for t in (s, target_inputs, dual, here))
     gram = einsum(target_inputs, dual, "j d, k d -> k j")
     length = gram.diagonal().sqrt()
