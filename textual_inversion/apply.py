@@ -1,7 +1,6 @@
 """Giving a CLIP the words of a concept."""
 
 import logging
-from dataclasses import replace
 
 from ..host.clip_overlay import with_words
 from ..host.sockets import CLIP
@@ -24,7 +23,7 @@ def apply_words(clip: CLIP, concept: Concept, strength: float) -> CLIP:
     for word in concept.words:
         _require_fit(clip, word, concept.metadata.get("modelspec.base_model", "another base"))
     words = concept.words if strength == 1 else [_scaled(clip, word, strength) for word in concept.words]
-    return with_words(clip, [_for_all_encoders(clip, word) for word in words])
+    return with_words(clip, words)
 
 
 def _require_fit(clip: CLIP, word: Word, base: str) -> None:
@@ -46,16 +45,6 @@ def _require_fit(clip: CLIP, word: Word, base: str) -> None:
     if lost := word.vectors.keys() - present.keys():
         log.warning("%s was learned on %s for %s too, which this CLIP lacks, so that it may look less like what was "
                     "learned.", word.placeholder, base, ", ".join(sorted(lost)))
-
-
-def _for_all_encoders(clip: CLIP, word: Word) -> Word:
-    """The word with its class word for encoders that learned nothing of it, in as many vectors, so that what stands
-    behind it has the same place in all."""
-    if word.vectors.keys() >= widths(clip).keys():
-        return word
-    count = max(map(len, word.vectors.values()))
-    starts = {name: spread(found, count) for name, found in rows(ready(clip), word.class_word).items() if len(found)}
-    return replace(word, vectors={**starts, **word.vectors})
 
 
 def _scaled(clip: CLIP, word: Word, strength: float) -> Word:

@@ -108,16 +108,6 @@ def test_a_word_that_one_encoder_of_a_pair_lacks_is_told(caplog):
         assert f"for clip_l; this CLIP's clip_g reads {read} in its place" in record.getMessage()
 
 
-def test_a_long_word_of_one_encoder_cuts_nothing_off_the_prompt_of_the_other():
-    clip = make_other_clip("SDXL")
-    taught = apply_words(clip, Concept((Word("<mine>", "cat", {"clip_l": torch.ones(4, WIDTH)}),)), 1.0)
-    tokens = taught.tokenize("a <mine> " + "word " * 73)
-    assert [len(sections) for sections in tokens.values()] == [2, 2]
-    words = [[token for token, _ in sections[0]][6:] for sections in tokens.values()]
-    assert words[0] == words[1]
-    assert torch.equal(tokens["g"][0][2][0], rows(clip, "cat")["clip_g"][0])
-
-
 def test_what_a_word_holds_for_an_encoder_that_lacks_is_told(clip, caplog):
     vectors = {"clip_l": torch.ones(1, WIDTH), "clip_g": torch.ones(1, 1280)}
     apply_words(clip, Concept((Word("<mine>", "cat", vectors),), metadata={"modelspec.base_model": "sdxl"}), 1.0)
