@@ -16,15 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..textual_inversion.file import (
-    checked_name,
-    parsed,
-    require_format,
-    single_precision,
-    with_metadata,
-    write_named,
-)
+from ..training.contents import parsed, require_format, single_precision, with_metadata
 from ..training.disk import read_whole
+from ..training.names import checked_name, write_named
 from .encoder import Encoder, Shape
 from .imported import IMPORTED, ImportedEncoder
 from .offsets import Offset

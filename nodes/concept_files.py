@@ -14,6 +14,7 @@ from ..perfusion import file as edit_file
 from ..perfusion.use import names
 from ..textual_inversion import file
 from ..textual_inversion.concept import Concept as ConceptValue
+from ..training.names import ENDINGS, checked_name
 from .sockets import Concept
 
 EDITS = "concepts/"  # in front of the names of files in models/concepts, beside those in models/embeddings
@@ -26,7 +27,7 @@ class NamesFile(io.ComfyNode):
     def validate_inputs(cls, name: str | None = None) -> bool | str:
         """Why no file can have the name, told before anything is learned for it; a linked one (None) is not known."""
         try:
-            return name is None or bool(file.checked_name(name))
+            return name is None or bool(checked_name(name))
         except ValueError as error:
             return str(error)
 
@@ -72,12 +73,12 @@ class ConceptsSave(NamesFile):
     @classmethod
     def execute(cls, concept: ConceptValue, name: str, overwrite: bool,
                 layout: str = file.DEFAULT_LAYOUT) -> io.NodeOutput:
-        name = file.checked_name(name)
+        name = checked_name(name)
         if concept.edit is not None:
             if layout != file.DEFAULT_LAYOUT:
                 raise ValueError(f"The layout {layout!r} is for learned words, and {concept.words[0].placeholder} is "
                                  f"more than a word; choose {file.DEFAULT_LAYOUT!r}.")
-            folder, name = concepts_folder(), unused_name("concepts", name, file.ENDINGS, overwrite)
+            folder, name = concepts_folder(), unused_name("concepts", name, ENDINGS, overwrite)
             writer = difference_file if isinstance(concept.edit, Difference) else edit_file
             path = writer.save(concept, folder, name, overwrite)
             text, listed = concept.words[0].placeholder, _listed(path.relative_to(folder).as_posix(), _words())
@@ -87,7 +88,7 @@ class ConceptsSave(NamesFile):
         if name.startswith(EDITS):
             raise ValueError(f"Load Concept lists files of models/concepts as {EDITS}name, so a word cannot be called "
                              f"{name!r}; choose another name.")
-        folder, name = embeddings_folder(), unused_name("embeddings", name, file.ENDINGS, overwrite)
+        folder, name = embeddings_folder(), unused_name("embeddings", name, ENDINGS, overwrite)
         path = file.save(concept, folder, name, overwrite, layout)
         text = f"embedding:{path.relative_to(folder).with_suffix('').as_posix()}"
         return io.NodeOutput(text, ui=shown(f"Saved: write {text} in any prompt."))
@@ -210,7 +211,7 @@ class ConceptsBundle(NamesFile):
         if concept.edit is not None:
             raise ValueError(f"{concept.words[0].placeholder} is more than the word that fits into a LoRA; use Export "
                              "Concept as LoRA for a Perfusion concept, or Save Concept.")
-        name = unused_name("loras", file.checked_name(name), file.ENDINGS, overwrite)
+        name = unused_name("loras", checked_name(name), ENDINGS, overwrite)
         folder = loras_folder()
         path = file.bundle(concept, file_path("loras", lora), folder, name, overwrite)
         saved = path.relative_to(folder).as_posix()
@@ -223,7 +224,7 @@ def _names() -> list[str]:
 
 
 def _words() -> list[str]:
-    return file_names("embeddings", file.ENDINGS)
+    return file_names("embeddings", ENDINGS)
 
 
 def _listed(name: str, words: list[str]) -> str:

@@ -11,8 +11,9 @@ from ..perfusion.file import check_fits
 from ..perfusion.linear import linear_dual
 from ..perfusion.lora import KEPT, to_bytes, to_lora
 from ..textual_inversion.concept import Concept as ConceptValue
-from ..textual_inversion.file import ENDINGS, checked_name, free_path, save
+from ..textual_inversion.file import save
 from ..training.disk import write_whole
+from ..training.names import ENDINGS, checked_name, free_path
 from .applying import require_no_difference
 from .concept_files import NamesFile
 from .sockets import Concept, require_clip

@@ -16,18 +16,11 @@ import torch
 from torch import Tensor
 
 from ..textual_inversion.concept import Concept, Word
-from ..textual_inversion.file import (
-    LONGEST,
-    half_precision,
-    parsed,
-    placeholder_in,
-    require_format,
-    single_precision,
-    with_metadata,
-    write_named,
-)
+from ..textual_inversion.file import LONGEST, placeholder_in
 from ..textual_inversion.formats import ENCODERS
+from ..training.contents import half_precision, parsed, require_format, single_precision, with_metadata
 from ..training.disk import read_whole
+from ..training.names import write_named
 from .concept import Edit
 
 FORMAT = 1

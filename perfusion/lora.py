@@ -11,7 +11,8 @@ from ..host.loading import load
 from ..host.lora_names import lora_names
 from ..host.sockets import ModelPatcher
 from ..textual_inversion.concept import Concept
-from ..textual_inversion.file import bundled, with_metadata
+from ..textual_inversion.file import bundled
+from ..training.contents import with_metadata
 
 KEPT = ("modelspec.base_model", "modelspec.prediction_type", "modelspec.title", "ssmd_cover_images",
         "concepts.training")

@@ -37,9 +37,10 @@ from concepts_pack.perfusion.file import (
 from concepts_pack.perfusion.train import EditRecipe
 from concepts_pack.textual_inversion import file as word_file
 from concepts_pack.textual_inversion.concept import Concept, Word
-from concepts_pack.textual_inversion.file import with_metadata
 from concepts_pack.textual_inversion.templates import BY_KIND
 from concepts_pack.textual_inversion.train import record
+from concepts_pack.training.contents import with_metadata
+from concepts_pack.training.names import ENDINGS
 from safetensors.torch import save_file
 
 from .test_nodes import run
@@ -522,10 +523,10 @@ def test_a_file_of_another_models_folder_is_not_hidden(models, monkeypatch, capl
     for path in (first / "mine.pt", second / "mine_2.safetensors", second / "people" / "anna.safetensors"):
         path.parent.mkdir(exist_ok=True, parents=True)
         path.touch()
-    assert [unused_name(kind, name, word_file.ENDINGS, False) for name in ("mine", "people/anna", "people/ben")] == [
+    assert [unused_name(kind, name, ENDINGS, False) for name in ("mine", "people/anna", "people/ben")] == [
         "mine_3", "people/anna_2", "people/ben"]
-    assert not caplog.messages and unused_name(kind, "mine", word_file.ENDINGS, True) == "mine"
-    assert not caplog.messages and unused_name(kind, "people/anna", word_file.ENDINGS, True) == "people/anna"
+    assert not caplog.messages and unused_name(kind, "mine", ENDINGS, True) == "mine"
+    assert not caplog.messages and unused_name(kind, "people/anna", ENDINGS, True) == "people/anna"
     assert f"{second / 'people' / 'anna.safetensors'} answer to the same name" in caplog.messages[0]
 
 

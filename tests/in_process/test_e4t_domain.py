@@ -9,7 +9,7 @@ import torch
 from concepts_pack.e4t.domain import Domain, digest, from_bytes, load, save, to_bytes
 from concepts_pack.e4t.encoder import Encoder, Shape
 from concepts_pack.e4t.offsets import Offset
-from concepts_pack.textual_inversion.file import parsed, with_metadata
+from concepts_pack.training.contents import parsed, with_metadata
 
 LAYER = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
 SHAPE = Shape((8, 16), 12, {"clip_l": 32}, {"input_blocks.1.1.transformer_blocks.0": 4}, side=32, width=16, code=8)

@@ -11,7 +11,8 @@ import comfy.sd1_clip
 import pytest
 import torch
 from concepts_pack.textual_inversion.concept import Concept, Word
-from concepts_pack.textual_inversion.file import LAYOUTS, bundle, checked_name, load, save, to_bytes
+from concepts_pack.textual_inversion.file import LAYOUTS, bundle, load, save, to_bytes
+from concepts_pack.training.names import checked_name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file

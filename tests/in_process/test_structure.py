@@ -12,10 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ("host", "training", "textual_inversion", "perfusion", "e4t", "nodes")
 PURE = [
-    "training/disk.py", "training/draws.py", "training/dataset.py", "training/folder.py", "training/optimisers.py",
-    "training/preview.py", "training/states.py", "textual_inversion/concept.py",
-    "textual_inversion/word.py", "textual_inversion/templates.py", "textual_inversion/file.py",
-    "textual_inversion/formats.py", "perfusion/edit.py", "perfusion/concept.py", "perfusion/corpus.py",
+    "training/contents.py", "training/disk.py", "training/names.py", "training/draws.py", "training/dataset.py",
+    "training/folder.py", "training/optimisers.py", "training/preview.py", "training/states.py",
+    "textual_inversion/concept.py", "textual_inversion/word.py", "textual_inversion/templates.py",
+    "textual_inversion/file.py", "textual_inversion/formats.py", "perfusion/edit.py",
+    "perfusion/concept.py", "perfusion/corpus.py",
     "e4t/release.py", "e4t/offsets.py", "e4t/encoder.py", "e4t/imported.py", "e4t/import_release.py",
     "e4t/difference.py", "e4t/domain.py", "e4t/difference_file.py", "e4t/samples.py", "e4t/shards.py",
     "e4t/workers.py",
