@@ -63,8 +63,9 @@ class Vision(Protocol):
 class Encoder(nn.Module):
     """Starts by predicting the class word itself: its last layers are zero."""
 
-    tuning_rate = 0.2  # of that of weight offsets, when the whole model is tuned
-    word_rate = 0.5  # then: of what is added to its words, in its unit, unless there are many steps
+    factor_rate = 2e-3  # of weight offsets and low-rank differences when the whole model is tuned in few steps
+    tuning_rate = 0.2  # then: of the encoder, in shares of that
+    word_rate = 0.35  # and of what is added to its words, in its unit
     times = 0.6  # and of the noise levels, as in `draw_pair`
     start, kept = 0.5, 0.7  # and the shares of what it predicts at first, and of what is learned at last
     hears_offsets = False  # pretraining lets it hear the plain model

@@ -17,7 +17,7 @@ class ImportedEncoder(nn.Module):
     What a picture adds is one vector for all timesteps, so that is what it sees of a picture.
     """
 
-    tuning_rate = 0.032  # with the usual rate of offsets this is 1.6e-5, the published one
+    factor_rate, tuning_rate = 5e-4, 0.032  # together 1.6e-5, the published rate of the encoder
     word_rate, times, start, kept = 0.0, 1.0, 1.0, 1.0  # as published
     needs_vision = True
     hears_offsets = True  # in the published code one UNet, with its offsets, is heard and denoises

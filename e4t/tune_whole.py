@@ -44,6 +44,7 @@ from .use import with_difference
 RANK = 4
 REGULARISER = 1e-3  # of how far the word is from the class word
 WORD_PATH = 2.5  # in the encoder's unit: how far all steps together may move each number that is added to the word
+FACTOR_PATH, SLOWEST = 0.02, 5e-4  # the same of each number of a factor, and the rate that is left to many steps
 
 
 class TunedWhole(WordMethod):
@@ -128,8 +129,12 @@ class TunedWhole(WordMethod):
 
 
 def whole_recipe(domain: Domain, placeholder: str, steps: int, seed: int, **changes) -> Recipe:
-    """Few steps from a good start, in the sentences of pretraining."""
-    settings = {"batch_size": 8, "learning_rate": 5e-4, "mask_floor": 0.02, "own_masks": True, "schedule": "constant",
-                "sentences": SENTENCES}
+    """Few steps from a good start, in the sentences of pretraining and the paper's batch of 16, half of it at a time.
+
+    More than ten move the factors more slowly.
+    """
+    rate = min(domain.encoder.factor_rate, max(SLOWEST, FACTOR_PATH / max(1, steps)))
+    settings = {"batch_size": 8, "accumulation": 2, "learning_rate": rate, "mask_floor": 0.02, "own_masks": True,
+                "schedule": "constant", "sentences": SENTENCES}
     return Recipe(**{"placeholder": placeholder, "init_text": domain.word, "steps": steps, "seed": seed, **settings,
                      **changes})

@@ -191,14 +191,14 @@ def test_what_is_added_to_the_word_moves_at_a_rate_of_its_own(domain, photos, mo
 
 
 @pytest.mark.parametrize("steps", [1, 5, 50])
-def test_many_steps_together_move_the_word_as_far_as_five(domain, model, clip, photos, steps):
+def test_all_steps_together_move_the_word_only_so_far(domain, model, clip, photos, steps):
     latents = torch.zeros(1, 1, 4, 8, 8)
     with private_copies(model, clip) as (unet, text):
         method = TunedWhole(domain, photos, unet, text, whole_recipe(domain, "<mine>", steps, 5),
                             Lessons(latents, None, ("",)))
         rate = method.parameters()[-1]["lr"]
         method.installed.close()
-    farthest = WORD_PATH if steps > 1 else Encoder.word_rate
+    farthest = min(WORD_PATH, Encoder.word_rate * steps)
     assert rate * steps == pytest.approx(farthest * row_size(rows(clip, "cat")["clip_l"]))
 
 
@@ -415,7 +415,17 @@ def test_the_encoder_is_tuned_more_gently_than_the_factors(domain, toy_photos, m
                             Lessons(torch.zeros(1, 1, 4, 8, 8), None, ("",)))
         encoder, factors, *_ = (group["lr"] for group in method.parameters())
         method.installed.close()
-    assert (encoder, factors) == (pytest.approx(Encoder.tuning_rate * 5e-4), 5e-4)
+    assert (encoder, factors) == (pytest.approx(Encoder.tuning_rate * 2e-3), 2e-3)
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(0, 2e-3), (5, 2e-3), (10, 2e-3), (20, 1e-3), (40, 5e-4), (100, 5e-4)])
+def test_many_steps_move_the_factors_more_slowly(domain, steps, rate):
+    assert whole_recipe(domain, "<mine>", steps, 5).learning_rate == pytest.approx(rate)
+
+
+def test_a_step_of_the_whole_looks_at_the_picture_sixteen_times(domain):
+    recipe = whole_recipe(domain, "<mine>", 5, 5)
+    assert recipe.batch_size * recipe.accumulation == 16
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0])
