@@ -20,6 +20,7 @@ from concepts_pack.e4t.import_release import domain_of, half_error, published_nu
 from concepts_pack.e4t.method import Predictor
 from concepts_pack.e4t.release import MATRICES, read_release
 from concepts_pack.e4t.tune import SHARE
+from concepts_pack.e4t.tune_whole import whole_recipe
 from concepts_pack.host.clip_vision import Vision, from_open_clip
 from concepts_pack.host.copies import private_copies
 from concepts_pack.host.lora_names import diffusers_names
@@ -253,6 +254,13 @@ def test_tuning_starts_where_the_release_says_and_learns(whole_model, clip, calm
     assert not torch.equal(start.words[0].vectors["clip_l"], later.words[0].vectors["clip_l"])
     if result == "tuned model":
         assert all(torch.equal(start.edit.offsets[layer].left, o.left) for layer, o in imported.offsets.items())
+
+
+@pytest.mark.parametrize("steps", [1, 5, 100])
+def test_the_encoder_is_tuned_at_the_published_rate_and_batch(imported, steps):
+    recipe = whole_recipe(imported, "<mine>", steps, 5)
+    assert imported.encoder.tuning_rate * recipe.learning_rate == pytest.approx(1.6e-5)
+    assert recipe.batch_size * recipe.accumulation == 16
 
 
 def test_tuning_leaves_the_domain_and_copies_no_image_matrices(imported):
